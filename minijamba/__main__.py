@@ -1,0 +1,7 @@
+"""`python -m minijamba` is `minijamba`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

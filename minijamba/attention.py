@@ -1,0 +1,78 @@
+"""Grouped-query attention without positions: the Mamba layers below it already know the order of the tokens."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from .cache import KeyValues, Layout
+from .config import JambaConfig
+from .rungs import choose
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, *, rung: str = "auto") -> Tensor:
+    """Softmax attention; h / g query heads share one head of keys and values.
+
+        y_t = sum_s softmax_s(q_t . k_s / sqrt(p)) v_s,   over the visible s
+
+    Args:
+        q:       (b, t, h, p)
+        k, v:    (b, s, g, p), h a multiple of g. The queries are the last t of the s tokens.
+        visible: (b, t, s) bool; causal when None. Every token must see at least one.
+    Returns: y (b, t, h, p).
+    Source:  Vaswani et al., 2017; Ainslie et al., 2023, for the groups; Jamba, section 6.5, for no positions.
+    """
+    return choose("attention", rung, _RUNGS, q.device)(q, k, v, visible)
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (heads.to(wide) for heads in (q, k, v))
+    k, v = (repeat(heads, "b s g p -> b s (g n) p", n=q.shape[2] // k.shape[2]) for heads in (k, v))
+    scores = torch.einsum("b t h p, b s h p -> b h t s", q, k) / q.shape[-1] ** 0.5
+    seen = _causal(q, k) if visible is None else visible[:, None]
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("b h t s, b s h p -> b t h p", weights, v).to(dtype)
+
+
+def _parallel(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    from_start = visible is None and q.shape[1] == k.shape[1]
+    mask = None if visible is None else visible[:, None]
+    if visible is None and 1 < q.shape[1] < k.shape[1]:
+        mask = _causal(q, k)
+    q, k, v = (rearrange(heads, "b t h p -> b h t p") for heads in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=from_start, enable_gqa=True)
+    return rearrange(y, "b h t p -> b t h p")
+
+
+def _causal(q: Tensor, k: Tensor) -> Tensor:
+    """(t, s) bool, True where query t may look at key s; the last query sees all keys."""
+    steps, keys = q.shape[1], k.shape[1]
+    return torch.ones(steps, keys, dtype=torch.bool, device=q.device).tril(keys - steps)
+
+
+# One call serves both upper rungs: on a GPU, scaled_dot_product_attention is a flash kernel.
+_RUNGS = {"naive": _naive, "parallel": _parallel, "fused": _parallel}
+
+
+class Attention(nn.Module):
+    """The attention mixer: x (b, t, d) -> (b, t, d)."""
+
+    def __init__(self, config: JambaConfig) -> None:
+        super().__init__()
+        width, queries = config.hidden_size, config.num_attention_heads * config.head_dim
+        groups = config.num_key_value_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=False)
+        self.k_proj = nn.Linear(width, groups, bias=False)
+        self.v_proj = nn.Linear(width, groups, bias=False)
+        self.o_proj = nn.Linear(queries, width, bias=False)
+
+    def forward(self, x: Tensor, layout: Layout, cache: KeyValues | None = None) -> Tensor:
+        q, k, v = (
+            rearrange(project(x), "b t (h p) -> b t h p", p=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cache is not None:
+            k, v = cache.extend(k, v, layout)
+        return self.o_proj(rearrange(attention(q, k, v, layout.visible), "b t h p -> b t (h p)"))

@@ -1,0 +1,412 @@
+"""Parameters, FLOPs and memory of any Jamba, computed from its config alone: nothing is allocated.
+
+All sizes are bytes, shown in GiB (2^30 bytes; the papers' cache tables print them as "GB").
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .config import JambaConfig
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+PARTS = ("embedding", "mamba", "attention", "mlp", "moe", "norms", "head")
+INT4_GROUP = 64  # weights along the input that share one scale
+KEPT_FLOAT32 = ("mamba.A_log", "mamba.dt_proj.bias")  # in memory, also in a model of half precision
+LONGEST = 2**40  # tokens; a model that has memory for these has it for any number
+
+# Layers with attention, key/value heads and head width of the Transformers that the papers compare with.
+TRANSFORMERS = {
+    "Llama-2-7B": (32, 32, 128),
+    "Llama-2-13B": (40, 40, 128),
+    "Llama-2-70B": (80, 8, 128),
+    "Mistral-7B": (32, 8, 128),
+    "Mixtral-8x7B": (32, 8, 128),
+}
+
+
+class Weight(NamedTuple):
+    """One tensor of the released layout."""
+
+    name: str
+    shape: tuple[int, ...]
+    part: str  # one of PARTS
+    expert: int | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def weights(config: JambaConfig) -> list[Weight]:
+    """Every tensor of a checkpoint in the released layout: one per expert and projection, no head where it is tied.
+
+    Jamba-v0.1 has 1,251 of them with 51,570,323,328 parameters in all.
+    Linear weights are (out, in). Norms inside a Mamba mixer count as "mamba", the router as "moe".
+    """
+    d, v = config.hidden_size, config.vocab_size
+    found = [Weight("model.embed_tokens.weight", (v, d), "embedding")]
+    for i, layer in enumerate(config.layers):
+        parts = [_mamba(config) if layer.mixer == "mamba" else _attention(config)]
+        parts += [_moe(config) if layer.feed_forward == "moe" else _mlp(config)]
+        parts += [_norms(config)]
+        found += [weight._replace(name=f"model.layers.{i}.{weight.name}") for part in parts for weight in part]
+    found += [Weight("model.final_layernorm.weight", (d,), "norms")]
+    if not config.tie_word_embeddings:
+        found += [Weight("lm_head.weight", (v, d), "head")]
+    return found
+
+
+def _mamba(config: JambaConfig) -> Iterator[Weight]:
+    d, c, n, r = config.hidden_size, config.d_inner, config.mamba_d_state, config.mamba_dt_rank
+    shapes = {
+        "A_log": (c, n),
+        "D": (c,),
+        "in_proj.weight": (2 * c, d),
+        "conv1d.weight": (c, 1, config.mamba_d_conv),
+        "x_proj.weight": (r + 2 * n, c),
+        "dt_proj.weight": (c, r),
+        "dt_proj.bias": (c,),
+        "out_proj.weight": (d, c),
+        "dt_layernorm.weight": (r,),
+        "b_layernorm.weight": (n,),
+        "c_layernorm.weight": (n,),
+    }
+    if config.mamba_conv_bias:
+        shapes["conv1d.bias"] = (c,)
+    if config.mamba_proj_bias:
+        shapes |= {"in_proj.bias": (2 * c,), "out_proj.bias": (d,)}
+    return (Weight(f"mamba.{name}", shape, "mamba") for name, shape in shapes.items())
+
+
+def _attention(config: JambaConfig) -> Iterator[Weight]:
+    d, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+    shapes = {"q_proj": (d, d), "k_proj": (key_width, d), "v_proj": (key_width, d), "o_proj": (d, d)}
+    return (Weight(f"self_attn.{name}.weight", shape, "attention") for name, shape in shapes.items())
+
+
+def _mlp(config: JambaConfig, prefix="feed_forward", part="mlp", expert=None) -> Iterator[Weight]:
+    d, f = config.hidden_size, config.intermediate_size
+    shapes = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+    return (Weight(f"{prefix}.{name}.weight", shape, part, expert) for name, shape in shapes.items())
+
+
+def _moe(config: JambaConfig) -> Iterator[Weight]:
+    yield Weight("feed_forward.router.weight", (config.num_experts, config.hidden_size), "moe")
+    for expert in range(config.num_experts):
+        yield from _mlp(config, f"feed_forward.experts.{expert}", "moe", expert)
+
+
+def _norms(config: JambaConfig) -> Iterator[Weight]:
+    names = ("input_layernorm", "pre_ff_layernorm")
+    return (Weight(f"{name}.weight", (config.hidden_size,), "norms") for name in names)
+
+
+def kv_bytes(layers: int, kv_heads: int, head_dim: int, context: int, bytes_per_value: int = 2) -> int:
+    """Bytes of the keys and values of one sequence: 2 layers g p context bytes_per_value.
+
+    `layers` counts those with attention. Jamba-v0.1 at 262,144 tokens: kv_bytes(4, 8, 128, 262144) == 4 * 2**30.
+    """
+    return 2 * layers * kv_heads * head_dim * context * bytes_per_value
+
+
+def kv_table(contexts: list[int], configs: dict[str, JambaConfig] | None = None) -> dict[str, list[float]]:
+    """GiB of 16-bit KV cache of one sequence: model -> a figure for each context, Transformers first, then `configs`.
+
+    At 262,144 tokens it is the KV column of the Jamba paper's Table 1 (whose LLAMA-2 is the 7B one; no sliding window).
+    """
+    shapes = dict(TRANSFORMERS)
+    for name, config in (configs or {}).items():
+        shapes[name] = (_count(config, "attention"), config.num_key_value_heads, config.head_dim)
+    return {name: [kv_bytes(*shape, context) / 2**30 for context in contexts] for name, shape in shapes.items()}
+
+
+def flops_per_token(config: JambaConfig, context: float) -> float:
+    """FLOPs of the forward pass of one token that attends to `context` tokens, itself included.
+
+        2 M  +  (attention layers) 4 d context  +  (Mamba layers) c (7 n + 4 + 2 w)
+
+    M: weights of the matrix products that the token goes through: k of the e experts, the router and the head, tied or
+    not; the embedding is a look-up. Attention: for each key, 2 d for the score and 2 d for the weighted sum. Scan: for
+    each state two operations for the decay, three for the update, two for the read-out; for each channel delta x, D x
+    and its sum, the gate. Convolution: 2 w a channel. Norms and activation functions are left out.
+
+    Linear in `context`: a prompt of t tokens costs t times the value at (t + 1) / 2. Training costs three times the
+    forward pass, since each matrix product has two in the backward pass.
+    """
+    scan_and_conv = config.d_inner * (7 * config.mamba_d_state + 4 + 2 * config.mamba_d_conv)
+    products = sum(weight.size for weight in weights(config) if _multiplies(weight) and _active(config, weight))
+    products += config.vocab_size * config.hidden_size
+    attention = _count(config, "attention") * 4 * config.hidden_size * context
+    return 2 * products + attention + _count(config, "mamba") * scan_and_conv
+
+
+def _multiplies(weight: Weight) -> bool:
+    """A matrix of the layers; the head, which may be the embedding, is counted apart."""
+    return weight.name.endswith(("_proj.weight", "router.weight"))
+
+
+def _active(config: JambaConfig, weight: Weight) -> bool:
+    """Whether one token uses the weight; experts are alike, so let the first K be the chosen ones."""
+    return weight.expert is None or weight.expert < config.num_experts_per_tok
+
+
+def _count(config: JambaConfig, mixer: str) -> int:
+    return sum(layer.mixer == mixer for layer in config.layers)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one configuration needs, made by `budget`; `print` it for a table. Every `*_bytes` is in bytes."""
+
+    config: JambaConfig
+    context: int
+    batch: int
+    quantize: str | None
+    dtype: str
+    chunk: int
+
+    @cached_property
+    def weights(self) -> list[Weight]:
+        return weights(self.config)
+
+    @cached_property
+    def params(self) -> dict[str, int]:
+        """Parameters of each of PARTS."""
+        return self._by_part(lambda weight: weight.size)
+
+    @cached_property
+    def active(self) -> dict[str, int]:
+        """Parameters of each of PARTS that one token uses: K experts of a layer, everything else in full."""
+        return self._by_part(lambda weight: weight.size * _active(self.config, weight))
+
+    @cached_property
+    def part_bytes(self) -> dict[str, int]:
+        """Bytes of the weights of each of PARTS in memory."""
+        return self._by_part(self._held_bytes)
+
+    def _by_part(self, value) -> dict[str, int]:
+        return {part: sum(value(weight) for weight in self.weights if weight.part == part) for part in PARTS}
+
+    def _held_bytes(self, weight: Weight) -> int:
+        if weight.expert is None or self.quantize is None:
+            kept = weight.name.endswith(KEPT_FLOAT32)
+            return weight.size * (max(4, self.itemsize) if kept else self.itemsize)
+        outputs, inputs = weight.shape
+        if self.quantize == "int8":
+            return outputs * (inputs + 4)
+        return outputs * (math.ceil(inputs / 2) + 2 * math.ceil(inputs / INT4_GROUP))
+
+    @property
+    def itemsize(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+    @property
+    def total_params(self) -> int:
+        return sum(self.params.values())
+
+    @property
+    def active_params(self) -> int:
+        return sum(self.active.values())
+
+    @property
+    def tensors(self) -> int:
+        """Tensors of a checkpoint in the released layout."""
+        return len(self.weights)
+
+    @property
+    def file_bytes(self) -> int:
+        """Tensors of a checkpoint in the released layout, every one in `dtype`."""
+        return self.total_params * self.itemsize
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights in memory, as `quantize` holds them."""
+        return sum(self.part_bytes.values())
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of all sequences, full to `context`."""
+        shape = _count(self.config, "attention"), self.config.num_key_value_heads, self.config.head_dim
+        return self.batch * kv_bytes(*shape, self.context, self.itemsize)
+
+    @property
+    def ssm_bytes(self) -> int:
+        """Recurrent states, at least float32: (Mamba layers) b c n values, whatever the context."""
+        states = self.batch * self.config.d_inner * self.config.mamba_d_state
+        return _count(self.config, "mamba") * states * max(4, self.itemsize)
+
+    @property
+    def conv_bytes(self) -> int:
+        """Windows of the convolutions: (Mamba layers) b (w - 1) c values, whatever the context."""
+        inputs = self.batch * (self.config.mamba_d_conv - 1) * self.config.d_inner
+        return _count(self.config, "mamba") * inputs * self.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Everything that a sequence's Mamba layers remember."""
+        return self.ssm_bytes + self.conv_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Working memory of the prefill, `chunk` tokens of each sequence at a time: a bound for the parallel rungs.
+
+        With T = b min(chunk, context) tokens in flight, in values of `dtype` unless float32 is said:
+
+            residual stream  T 6 d, beside one layer at a time; the largest kind counts
+            Mamba            T (6 c + r + 2 n), T 8 c float32, and four blocks of states of the scan, each
+                             min(T c n, max(2^20, 16 b c n)) float32
+            attention        T 6 d, and the mask: T context bool and as many values
+            MLP              T 3 f
+            MoE              T (5 k d + 3 f), and T 2 e float32: every token may choose the same expert
+            sampling         8 b v float32
+        """
+        config, size, tokens = self.config, self.itemsize, self.batch * min(self.chunk, self.context)
+        d, f, c, n = config.hidden_size, config.intermediate_size, config.d_inner, config.mamba_d_state
+        k, e = config.num_experts_per_tok, config.num_experts
+        states = min(tokens * c * n, max(2**20, 16 * self.batch * c * n))
+        kinds = {
+            "mamba": tokens * ((6 * c + config.mamba_dt_rank + 2 * n) * size + 8 * c * 4) + 4 * states * 4,
+            "attention": tokens * (6 * d * size + self.context * (1 + size)),
+            "mlp": tokens * 3 * f * size,
+            "moe": tokens * ((5 * k * d + 3 * f) * size + 2 * e * 4),
+        }
+        largest = max(kinds[kind] for layer in config.layers for kind in layer)
+        return tokens * 6 * d * size + largest + 8 * self.batch * config.vocab_size * 4
+
+    @property
+    def working_bytes(self) -> int:
+        """Everything beside the weights: caches, states and activations."""
+        return self.kv_bytes + self.state_bytes + self.activation_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.working_bytes
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward FLOPs of the last token of the context."""
+        return flops_per_token(self.config, self.context)
+
+    @property
+    def training_flops_per_token(self) -> float:
+        """Forward and backward FLOPs, the mean over a sequence of `context` tokens."""
+        return 3 * flops_per_token(self.config, (self.context + 1) / 2)
+
+    def fits(self, memory: int) -> bool:
+        """Whether `memory` bytes hold all of it."""
+        return self.total_bytes <= memory
+
+    def max_context(self, memory: int) -> int | float:
+        """The longest context that `memory` bytes hold: 0 if not one token fits, math.inf if any number does."""
+        longest = bisect_right(
+            range(1, LONGEST), memory - self.weight_bytes, key=lambda t: replace(self, context=t).working_bytes
+        )
+        return math.inf if longest == LONGEST - 1 else longest
+
+    def draw(self, memory_gib: float = 80, path: str | Path | None = None):
+        """The parts of the memory against a device's, as a matplotlib figure; also written to `path` if given."""
+        from .plots import budget_bars
+
+        figure = budget_bars({name: size / 2**30 for name, size in self.memory().items() if size}, memory_gib)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by what fills them, weights first; the sum is `total_bytes`."""
+        held = self.part_bytes
+        return {
+            **{part: held[part] for part in ("moe", "mlp", "mamba", "attention")},
+            "embedding, head, norms": held["embedding"] + held["head"] + held["norms"],
+            "KV cache": self.kv_bytes,
+            "Mamba state": self.state_bytes,
+            "activations": self.activation_bytes,
+        }
+
+    def __str__(self) -> str:
+        rows = [(part, f"{self.params[part]:,}", f"{self.active[part]:,}", self.part_bytes[part]) for part in PARTS]
+        rows += [("weights", f"{self.total_params:,}", f"{self.active_params:,}", self.weight_bytes)]
+        rows += [("KV cache", "", "", self.kv_bytes), ("Mamba state", "", "", self.state_bytes)]
+        rows += [("activations", "", "", self.activation_bytes), ("total", "", "", self.total_bytes)]
+        lines = [f"{'':11} {'parameters':>19} {'active':>18} {'memory':>12}"]
+        lines += [f"{name:11} {params:>19} {active:>18} {_readable(size):>12}" for name, params, active, size in rows]
+        experts = f", experts in {self.quantize}" if self.quantize and self.params["moe"] else ""
+        head = f"{self.dtype}{experts}, context {self.context:,}, batch {self.batch}, prefill by {self.chunk:,} tokens"
+        files = f"files: {self.tensors:,} tensors, {_readable(self.file_bytes)} in {self.dtype}"
+        forward, training = self.flops_per_token, self.training_flops_per_token
+        flops = f"FLOPs a token: {forward:.3g} forward at the end of the context, {training:.3g} in training (mean)"
+        return "\n".join([head, *lines, files, flops])
+
+
+def _readable(size: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size >= 0.1 * unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size / 2**10:,.2f} KiB"
+
+
+def budget(
+    config: JambaConfig,
+    context: int | None = None,
+    batch: int = 1,
+    quantize: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    chunk: int = 2048,
+) -> Budget:
+    """Parameters, bytes and FLOPs of a configuration, to print, draw or compare with a device's memory.
+
+    Args:
+        context:  tokens of each sequence; the config's max_position_embeddings by default.
+        batch:    sequences.
+        quantize: how the experts are held; everything else (router, dense MLPs, mixers, embeddings) stays in `dtype`.
+                  "int8": a byte a weight, a float32 scale an output channel and expert.
+                  "int4": half a byte a weight, a 16-bit scale for each 64 weights along the input.
+        dtype:    of weights, keys and values; the config's by default. A_log, delta's bias and the recurrent state are
+                  float32 at least.
+        chunk:    tokens of a prompt that are read at a time.
+    Raises: ValueError naming the argument that is out of range.
+    Source: Jamba, Table 1, for the cache; Jamba-1.5, section 3.1, and vLLM's ExpertsInt8 for "int8".
+    """
+    context = config.max_position_embeddings if context is None else context
+    dtype = config.dtype if dtype is None else str(dtype).removeprefix("torch.")
+    for name, value in (("context", context), ("batch", batch), ("chunk", chunk)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
+    if quantize not in (None, "int8", "int4"):
+        raise ValueError(f'quantize is {quantize!r}, but must be None, "int8" or "int4"')
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
+    return Budget(config, context, batch, quantize, dtype, chunk)
+
+
+def available_memory(device: str | torch.device = "cpu") -> int:
+    """Bytes that can still be allocated on a device: free memory of a GPU, otherwise of the machine."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def refuse_if_too_large(need_bytes: int, device: str | torch.device, what: str) -> None:
+    """Refuse what a device cannot hold, before anything is allocated.
+
+    what: the subject of the sentence, as "a context of 262,144 tokens".
+    Raises: ValueError with the bytes needed, the bytes free and the remedies. Nothing is refused on "meta".
+    """
+    if torch.device(device).type == "meta":
+        return
+    free = available_memory(device)
+    if need_bytes > free:
+        raise ValueError(
+            f"{what} needs {_readable(need_bytes)}, but {device} has {_readable(free)} free: use a shorter context, "
+            f"a smaller batch, a dtype or quantize of fewer bits, or a device with more memory"
+        )

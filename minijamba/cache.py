@@ -1,0 +1,306 @@
+"""What a model remembers between calls: keys and values in attention layers, a window and a state in Mamba layers.
+
+A cache holds real tokens only. Padding never enters it, rows may have different lengths, and packed documents stay
+apart, so that any split of a sequence, any padding and any reuse gives the logits of the plain run.
+"""
+
+import copy
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import JambaConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of one call stand. The real tokens of each row come first, padding after them.
+
+    real:      (b, t) bool, or None when there is no padding.
+    documents: (b, t) int64, numbered along each row, or None when nothing is packed.
+    fresh:     (b,) bool, rows whose first token does not continue the cached document; None with `documents`.
+    positions: (b, t) int64, the cache slot of each token, or None when all rows stand at `past`, past + 1, ...
+    past:      slots in use before this call, in the fullest row.
+    visible:   (b, t, s) bool, which slots each token attends to, or None for plain causal attention.
+    """
+
+    real: Tensor | None = None
+    documents: Tensor | None = None
+    fresh: Tensor | None = None
+    positions: Tensor | None = None
+    past: int = 0
+    visible: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(b,) real tokens of each row in this call."""
+        return None if self.real is None else self.real.sum(1)
+
+    @property
+    def plain(self) -> bool:
+        """Neither padding nor packing."""
+        return self.real is None and self.documents is None
+
+
+def layout_without_cache(real: Tensor | None, segments: Tensor | None) -> Layout:
+    """The layout of a call that starts from nothing. Padding stands last, so causal attention never sees it."""
+    if segments is None:
+        return Layout(real=real)
+    documents = _starts(segments, segments[:, 0], real).cumsum(1)
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    return Layout(real, documents, visible=causal & (documents[:, :, None] == documents[:, None, :]))
+
+
+def _starts(segments: Tensor, before: Tensor, real: Tensor | None) -> Tensor:
+    """(b, t) bool: where a document starts, given the segment (b,) that each row stood in before."""
+    starts = segments != torch.cat([before[:, None], segments[:, :-1]], dim=1)
+    return starts if real is None else starts & real
+
+
+# The segment id of a row before its first packed token, which continues whatever the row holds.
+_UNNAMED = torch.iinfo(torch.int64).min
+
+
+class KeyValues:
+    """Keys and values of one attention layer, (b, slots, g, p) each, with room to grow."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def extend(self, keys: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Write the call's keys and values (b, t, g, p) to their slots; return all slots in use, (b, s, g, p)."""
+        slots = layout.past + keys.shape[1]
+        self.keys = _write(_room(self.keys, slots, keys), keys, layout)
+        self.values = _write(_room(self.values, slots, values), values, layout)
+        return self.keys[:, :slots], self.values[:, :slots]
+
+
+def _room(buffer: Tensor, slots: int, new: Tensor) -> Tensor:
+    """The buffer with at least `slots` slots. Under autograd a new one, since gradients need the old untouched."""
+    grow = max(slots, 2 * buffer.shape[1]) - buffer.shape[1] if slots > buffer.shape[1] else 0
+    if grow:
+        return F.pad(buffer, (0, 0) * (buffer.dim() - 2) + (0, grow))
+    return buffer.clone() if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad) else buffer
+
+
+def _write(buffer: Tensor, new: Tensor, layout: Layout) -> Tensor:
+    if layout.positions is None:
+        buffer[:, layout.past : layout.past + new.shape[1]] = new
+    else:
+        rows = torch.arange(len(new), device=new.device)[:, None]
+        buffer[rows, layout.positions] = new.to(buffer.dtype)
+    return buffer
+
+
+@dataclass
+class MambaState:
+    """What one Mamba layer carries: the last inputs of the convolution (b, w-1, c) and the state (b, c, n), float32."""
+
+    window: Tensor
+    state: Tensor
+
+
+class Cache:
+    """What a model remembers of b sequences: pass it to every call of the model, and each call continues the last.
+
+        cache = mj.Cache(config, batch=1)
+        model(prompt, cache=cache)           # any number of tokens
+        model(next_token, cache=cache)       # continues
+
+    Keys and values cost 2 g p numbers a token and attention layer and grow with the sequence; window and state cost
+    (w-1) c + c n numbers a Mamba layer, whatever the length.
+
+    Args:
+        config:   the model's.
+        batch:    sequences, b.
+        capacity: slots to make room for at once, tokens; grows by itself when they are used up.
+        dtype:    of keys, values and windows: the model's. The recurrent state is at least float32.
+    """
+
+    def __init__(
+        self,
+        config: JambaConfig,
+        batch: int,
+        *,
+        capacity: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+        def layer(mixer: str) -> KeyValues | MambaState:
+            if mixer == "attention":
+                kv = (capacity, config.num_key_value_heads, config.head_dim)
+                return KeyValues(empty(*kv), empty(*kv))
+            return MambaState(
+                empty(config.mamba_d_conv - 1, config.d_inner),
+                empty(config.d_inner, config.mamba_d_state, dtype=wide),
+            )
+
+        self.layers = [layer(mixer) for mixer, _ in config.layers]
+        self.lengths = empty(dtype=torch.long)
+        self.filled = 0  # slots in use in the fullest row: lengths.max(), known without asking the device
+        self.ragged = False
+        self.whole = True  # False while a call is under way, and for good if it breaks off
+        self.segment = torch.full_like(self.lengths, _UNNAMED)  # (b,) the segment id that each row stands in
+        self.documents: Tensor | None = None  # (b, slots) which document each slot belongs to
+
+    def advance(self, steps: int, real: Tensor | None = None, segments: Tensor | None = None) -> Layout:
+        """Make room for the next t tokens and say where they stand. The model calls this once for each call.
+
+        real (b, t) bool with the real tokens first; segments (b, t) int. The model sets `whole` after its last layer.
+        """
+        self._check_whole()
+        self.whole = False
+        past = self.filled
+        positions = self.lengths[:, None] + torch.arange(steps, device=self.lengths.device)
+        ragged = self.ragged or real is not None
+        documents, fresh = self._number_documents(steps, segments, real, positions)
+        visible = None
+        if ragged or documents is not None:
+            visible = torch.arange(past + steps, device=positions.device) <= positions[:, :, None]
+        if documents is not None:
+            visible = visible & (self.documents[:, None, : past + steps] == documents[:, :, None])
+        self.lengths = self.lengths + (steps if real is None else real.sum(1))
+        self.filled = past + steps
+        if real is not None:
+            self._measure()
+        return Layout(real, documents, fresh, positions if ragged else None, past, visible)
+
+    def _measure(self) -> None:
+        self.filled = int(self.lengths.max())
+        self.ragged = bool((self.lengths != self.filled).any())
+
+    def _number_documents(
+        self, steps: int, segments: Tensor | None, real: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Continue the numbering of documents; (None, None) as long as nothing was ever packed."""
+        if segments is None and self.documents is None:
+            return None, None
+        last = self._last_document()
+        if segments is None:
+            documents, fresh = last[:, None].expand(-1, steps), torch.zeros_like(last, dtype=torch.bool)
+        else:
+            before = torch.where(self.segment == _UNNAMED, segments[:, 0], self.segment)
+            starts = _starts(segments, before, real)
+            documents, fresh = last[:, None] + starts.cumsum(1), starts[:, 0]
+            end = (torch.full_like(last, steps) if real is None else real.sum(1)) - 1
+            ids = segments.gather(1, end.clamp(min=0)[:, None])[:, 0]
+            self.segment = torch.where(end >= 0, ids, self.segment)
+        if self.documents is None:
+            self.documents = torch.zeros(len(last), self.filled, dtype=torch.long, device=last.device)
+        layout = Layout(positions=positions, past=self.filled)
+        self.documents = _write(_room(self.documents, self.filled + steps, documents), documents, layout)
+        return documents, fresh
+
+    def _last_document(self) -> Tensor:
+        """(b,) the document that each row's last token belongs to; 0 before the first."""
+        if self.documents is None or self.documents.shape[1] == 0:
+            return torch.zeros_like(self.lengths)
+        return self.documents.gather(1, (self.lengths - 1).clamp(min=0)[:, None])[:, 0]
+
+    def _check_whole(self) -> None:
+        if not self.whole:
+            raise ValueError("a call that broke off has half updated this cache: start anew, or from an earlier copy")
+
+    def copy(self) -> "Cache":
+        """An independent copy: continuing one does not touch the other."""
+        return self._map(Tensor.clone)
+
+    def select(self, rows: Tensor | list[int]) -> "Cache":
+        """A copy of the given rows, in that order; a row may come twice, to try two continuations of one prompt."""
+        index = torch.as_tensor(rows, device=self.lengths.device)
+        new = self._map(lambda tensor: tensor[index])
+        new._measure()
+        return new
+
+    def _map(self, function) -> "Cache":
+        new = copy.copy(self)
+        new.layers = [copy.copy(layer) for layer in self.layers]
+        for name, tensor in _tensors(self).items():
+            _set(new, name, function(tensor))
+        return new
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys, values and windows."""
+        first = self.layers[0]
+        return first.keys.dtype if isinstance(first, KeyValues) else first.window.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache occupies, room not yet used counted."""
+        return sum(tensor.nbytes for tensor in _tensors(self).values())
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to one safetensors file, slots in use only; written aside, then renamed.
+
+        Raises: ValueError if the file cannot be written, which leaves an earlier file as it was.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        self._check_whole()
+        path = Path(path)
+        tensors = {
+            name: (tensor[:, : self.filled] if _has_slots(name) else tensor).contiguous()
+            for name, tensor in _tensors(self).items()
+        }
+        aside = path.with_name(path.name + ".part")
+        try:
+            save_file(tensors, aside, metadata={"config": json.dumps(self.config.to_dict())})
+            os.replace(aside, path)
+        except (OSError, SafetensorError) as error:
+            room = f"{self.nbytes:,} bytes free"
+            raise ValueError(f"{path}: cannot be written ({error}); give a file in a folder with {room}") from None
+        finally:
+            with suppress(OSError):
+                aside.unlink()
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Cache":
+        """Take up a saved cache. Raises: ValueError if the file is missing or not a saved cache."""
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: there is no such file; save a cache there first with cache.save(path)")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                about = file.metadata() or {}
+                cache = cls(JambaConfig.from_dict(json.loads(about["config"])), batch=1)
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                    _set(cache, name, file.get_tensor(name))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: not a cache saved here ({error}); write one with cache.save(path)") from None
+        cache._measure()
+        return cache
+
+
+def _tensors(cache: Cache) -> dict[str, Tensor]:
+    """Every tensor of a cache under the name it is saved by."""
+    named = {"lengths": cache.lengths, "segment": cache.segment, "documents": cache.documents}
+    for i, layer in enumerate(cache.layers):
+        named |= {f"layers.{i}.{name}": tensor for name, tensor in vars(layer).items()}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _set(cache: Cache, name: str, tensor: Tensor | None) -> None:
+    if name.startswith("layers."):
+        _, i, name = name.split(".")
+        setattr(cache.layers[int(i)], name, tensor)
+    else:
+        setattr(cache, name, tensor)
+
+
+def _has_slots(name: str) -> bool:
+    return name == "documents" or name.endswith((".keys", ".values"))

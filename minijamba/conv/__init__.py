@@ -1,0 +1,99 @@
+"""The short causal convolution in front of the scan, channel by channel, with the window carried between calls."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..rungs import choose
+from . import naive, parallel
+
+_RUNGS = {"naive": naive.conv, "parallel": parallel.conv}
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    return_state: bool = False,
+    segments: Tensor | None = None,
+    lengths: Tensor | None = None,
+    activation: bool = True,
+    rung: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise causal convolution over time, then SiLU.
+
+        y_t = silu(bias + sum_j weight_j x_{t - (w-1) + j}),   j = 0 .. w-1
+
+    Args:
+        x:        (b, t, c)  inputs.
+        weight:   (c, w)     one filter a channel, oldest tap first.
+        bias:     (c,)
+        state:    (b, w-1, c) the inputs before x, oldest first; zeros when None.
+        segments: (b, t) int  packed documents: a tap never reaches across a change. The first token continues `state`.
+        lengths:  (b,) int    how many tokens of each row are real, from the left; the rest is padding and stays out of
+                  the returned state. All of them when None.
+        activation: False leaves the SiLU out.
+    Returns: y (b, t, c), or (y, state) where state (b, w-1, c) continues the last real token's document.
+    Raises:  ValueError if an axis disagrees.
+    Source:  Mamba, section 3.4.
+    """
+    _check(x, weight, bias, state, segments, lengths)
+    run = choose("conv", rung, _RUNGS, x.device)
+    past = weight.shape[1] - 1
+    if state is None:
+        state = x.new_zeros(x.shape[0], past, x.shape[2])
+    window = torch.cat([state.to(x.dtype), x], dim=1)
+    documents = None if segments is None else _documents(segments, past)
+    y = run(window, weight, bias, documents)
+    y = F.silu(y) if activation else y
+    return (y, _last_inputs(window, documents, lengths, past)) if return_state else y
+
+
+def _documents(segments: Tensor, past: int) -> Tensor:
+    """Number the documents along each row: (b, t) -> (b, w-1+t), the carried inputs counted to the first one.
+
+    [7 7 3 7] with w = 3 becomes [0 0 | 0 0 1 2]: a number that returns later is another document.
+    """
+    changes = segments[:, 1:] != segments[:, :-1]
+    return F.pad(changes.long().cumsum(1), (past + 1, 0))
+
+
+def _last_inputs(window: Tensor, documents: Tensor | None, lengths: Tensor | None, past: int) -> Tensor:
+    """The w-1 inputs up to each row's last real token; those of an earlier document read as zero."""
+    batch, width, channels = window.shape
+    if lengths is None:
+        lengths = torch.full((batch,), width - past, device=window.device)
+    at = lengths[:, None] + torch.arange(past, device=window.device)
+    last = window.gather(1, at[:, :, None].expand(-1, -1, channels))
+    if documents is None or past == 0:
+        return last
+    seen = documents.gather(1, at)
+    return last * (seen == seen[:, -1:])[:, :, None]
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    segments: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    if x.dim() != 3 or weight.dim() != 2:
+        raise ValueError(f"x must be (b, t, c) and weight (c, w), not {tuple(x.shape)} and {tuple(weight.shape)}")
+    batch, steps, channels = x.shape
+    if steps == 0:
+        raise ValueError("x has no time steps: pass at least one token")
+    width = weight.shape[1]
+    wanted = {
+        "weight": (weight, (channels, width)),
+        "bias": (bias, (channels,)),
+        "state": (state, (batch, width - 1, channels)),
+        "segments": (segments, (batch, steps)),
+        "lengths": (lengths, (batch,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape} beside x {tuple(x.shape)}, not {tuple(tensor.shape)}")

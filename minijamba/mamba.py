@@ -1,0 +1,135 @@
+"""The Mamba mixer with Jamba's inner norms: convolution, selective scan, gate. Full form and one-token step."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import Layout, MambaState
+from .config import JambaConfig
+from .conv import causal_conv
+from .norm import RMSNorm
+from .scan import selective_scan, selective_step
+
+
+class Mamba(nn.Module):
+    """x (b, t, d) -> (b, t, d).
+
+        x, z        = in_proj(x)                          two halves (b, t, c)
+        x           = silu(conv(x))
+        delta, B, C = x_proj(x)                           (b, t, r), (b, t, n), (b, t, n), each through its own RMSNorm
+        delta       = softplus(dt_proj(delta) + bias)     (b, t, c), a step length, > 0
+        y           = scan(x, delta, A, B, C, D) silu(z)  A = -exp(A_log) < 0
+        output      = out_proj(y)
+
+    A_log and delta's bias stay float32 when the model is cast to half precision: the recurrence raises their rounding
+    to the power of the time remembered.
+
+    Source: Mamba, section 3.4; Jamba, section 6.4, for the three inner norms.
+    """
+
+    def __init__(self, config: JambaConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.d_inner
+        rank, states = config.mamba_dt_rank, config.mamba_d_state
+        self.sizes = (rank, states, states)
+        self.in_proj = nn.Linear(width, 2 * inner, bias=config.mamba_proj_bias)
+        self.conv1d = nn.Conv1d(inner, inner, config.mamba_d_conv, groups=inner, bias=config.mamba_conv_bias)
+        self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
+        self.dt_layernorm = RMSNorm(rank, config.rms_norm_eps)
+        self.b_layernorm = RMSNorm(states, config.rms_norm_eps)
+        self.c_layernorm = RMSNorm(states, config.rms_norm_eps)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, width, bias=config.mamba_proj_bias)
+        init_delta(self.dt_proj)
+
+    @property
+    def A(self) -> Tensor:
+        """(c, n) decay rates, < 0."""
+        return -self.A_log.exp()
+
+    def forward(self, x: Tensor, layout: Layout, cache: MambaState | None = None) -> Tensor:
+        if cache is not None and x.shape[1] == 1 and layout.plain and not torch.is_grad_enabled():
+            return self.step(x, cache)
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        window, state = _continue(cache, layout)
+        x, window = causal_conv(
+            x,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            state=window,
+            segments=layout.documents,
+            lengths=layout.lengths,
+            return_state=True,
+        )
+        delta, B, C = self.select(x)
+        if layout.real is not None:
+            # A step of length zero: softplus(-inf) = 0, so padding neither decays the state nor adds to it.
+            delta = delta.masked_fill(~layout.real[:, :, None], -torch.inf)
+        y, state = selective_scan(
+            x, delta, self.A, B, C, self.D, z,
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            state=state,
+            segments=layout.documents,
+            return_state=True,
+        )  # fmt: skip
+        if cache is not None:
+            cache.window, cache.state = window.to(cache.window.dtype), state
+        return self.out_proj(y)
+
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What makes the scan selective: x (b, t, c) -> delta (b, t, c) before bias and softplus, B and C (b, t, n)."""
+        delta, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        delta = F.linear(self.dt_layernorm(delta), self.dt_proj.weight)
+        return delta, self.b_layernorm(B), self.c_layernorm(C)
+
+    def step(self, x: Tensor, cache: MambaState) -> Tensor:
+        """One token: x (b, 1, d) -> (b, 1, d). Window and state are updated in place; no gradients."""
+        x, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)
+        window = torch.cat([cache.window, x[:, None]], dim=1)
+        cache.window.copy_(window[:, 1:])
+        x = torch.einsum("b w c, c w -> b c", window, self.conv1d.weight[:, 0])
+        x = F.silu(x if self.conv1d.bias is None else x + self.conv1d.bias)
+        delta, B, C = self.select(x)
+        y = selective_step(
+            cache.state, x, delta, self.A, B, C, self.D, z, delta_bias=self.dt_proj.bias, delta_softplus=True
+        )
+        return self.out_proj(y)[:, None]
+
+    def _apply(self, fn, recurse=True):
+        kept = [(self, "A_log"), (self.dt_proj, "bias")]
+        before = [getattr(owner, name).data for owner, name in kept]
+        super()._apply(fn, recurse)
+        for (owner, name), original in zip(kept, before, strict=True):
+            parameter = getattr(owner, name)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = original.to(parameter.device, torch.float32)
+        return self
+
+
+def _continue(cache: MambaState | None, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+    """Window and state to start from; zero in rows that start a new document."""
+    if cache is None:
+        return None, None
+    if layout.fresh is None:
+        return cache.window, cache.state
+    fresh = layout.fresh[:, None, None]
+    return cache.window.masked_fill(fresh, 0), cache.state.masked_fill(fresh, 0)
+
+
+@torch.no_grad()
+def init_delta(dt_proj: nn.Linear, shortest: float = 1e-3, longest: float = 0.1, floor: float = 1e-4) -> None:
+    """Mamba's own start: step lengths log-uniform in [0.001, 0.1], stored as the inverse of softplus.
+
+        bias = delta + log(1 - exp(-delta)),   weight uniform in +- r^-0.5
+
+    With the usual bias of zero every step has length 0.69, and the slowest state forgets half within one token.
+    Source: Mamba, section 3.6, and its code.
+    """
+    delta = torch.empty_like(dt_proj.bias).uniform_(math.log(shortest), math.log(longest)).exp().clamp(min=floor)
+    dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+    nn.init.uniform_(dt_proj.weight, -(dt_proj.in_features**-0.5), dt_proj.in_features**-0.5)

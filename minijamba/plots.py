@@ -1,0 +1,211 @@
+"""Every reusable figure, in one visual language. The only import of matplotlib in the package.
+
+Functions take arrays and return a Figure that lives outside pyplot. In a notebook, end the cell with the call itself,
+or use `display(figure)` in mid-cell: `plt.show()` shows pyplot's own figures only. `figure.savefig(path)` saves one.
+
+One colour per component, after the palette of Okabe and Ito, with lightness spread so that the five stay distinct to
+every kind of colour blindness.
+"""
+
+import io
+import itertools
+import re
+
+import matplotlib
+import matplotlib.colors
+import matplotlib.figure
+import matplotlib.patches
+import numpy as np
+
+COLOURS = {
+    "attention": "#D55E00",
+    "mamba": "#005E9C",
+    "moe": "#18AA80",
+    "mlp": "#F2B632",
+    "neutral": "#B5B5B5",
+}
+FREE = ("#000000", "#CC79A7", "#56B4E9", "#7A7A7A")  # for curves that stand for no component
+GIB = 2**30
+_COMPONENT_OF = {word: word for word in COLOURS} | {
+    "kv": "attention", "state": "mamba", "ssm": "mamba", "expert": "moe", "experts": "moe", "router": "moe",
+}  # fmt: skip
+
+
+class Figure(matplotlib.figure.Figure):
+    """A matplotlib figure that a notebook can draw without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
+
+
+def component_colour(name: str) -> str | None:
+    """The colour of the component that a name speaks of ("KV cache", "experts int8"); None if of no or several ones."""
+    components = {_COMPONENT_OF[word] for word in re.findall("[a-z]+", name.lower()) if word in _COMPONENT_OF}
+    return COLOURS[components.pop()] if len(components) == 1 else None
+
+
+def colours_of(names) -> list[str]:
+    """One colour a curve: its component's if no earlier curve has taken it, otherwise the next of the FREE ones."""
+    chosen, free = [], itertools.cycle(FREE)
+    for name in names:
+        colour = component_colour(name)
+        chosen.append(next(free) if colour is None or colour in chosen else colour)
+    return chosen
+
+
+def schedule_strip(layers) -> Figure:
+    """The stack of layers from left to right: the mixer below, the feed-forward above it.
+
+    layers: a JambaConfig, or a sequence of (mixer, feed_forward), as ("mamba", "moe").
+    """
+    pairs = [(x.mixer, x.feed_forward) if hasattr(x, "mixer") else x for x in getattr(layers, "layers", layers)]
+    axes = _axes(width=min(12, 1.8 + 0.32 * len(pairs)), height=1.7, xlabel="layer")
+    for row, components in enumerate(zip(*pairs, strict=True)):
+        colours = [COLOURS.get(component, "white") for component in components]
+        axes.bar(range(len(pairs)), 1, width=1, bottom=row, color=colours, edgecolor="white")
+    seen = [name for name in COLOURS if any(name in pair for pair in pairs)]
+    handles = [matplotlib.patches.Patch(color=COLOURS[name], label=name) for name in seen]
+    axes.figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    axes.set(xlim=(-0.5, len(pairs) - 0.5), ylim=(0, 2), yticks=(0.5, 1.5), yticklabels=("mixer", "feed-forward"))
+    axes.set_xticks(range(0, len(pairs), max(1, len(pairs) // 16)))
+    axes.tick_params(length=0)
+    return axes.figure
+
+
+def budget_bars(parts: dict[str, float], memory_gib: float) -> Figure:
+    """What fills the memory: each part begins where the one above it ends, so the last one ends at the total.
+
+    parts: name -> GiB; memory_gib: the device's memory in GiB, the dashed line.
+    """
+    names, sizes = list(parts), np.array(list(parts.values()), float)
+    total = sizes.sum()
+    axes = _axes(height=0.9 + 0.4 * len(names), xlabel="GiB")
+    colours = [component_colour(name) or COLOURS["neutral"] for name in names]
+    bars = axes.barh(names, sizes, left=sizes.cumsum() - sizes, color=colours)
+    axes.bar_label(bars, [f" {size:.3g}" for size in sizes])
+    axes.axvline(memory_gib, color="black", linestyle="--")
+    verdict = "fits in" if total <= memory_gib else "does not fit in"
+    axes.set_title(f"{total:.1f} GiB {verdict} {memory_gib:g} GiB", fontsize=10, loc="left")
+    axes.set_xlim(0, 1.1 * max(total, memory_gib))
+    axes.invert_yaxis()
+    return axes.figure
+
+
+def scan_levels(length: int, kind: str = "blelloch", block: int = 4) -> list[list[tuple[int, int]]]:
+    """The combinations of a prefix scan, level by level; those of one level are independent and run at once.
+
+    kind: "hillis-steele" (fewest levels), "blelloch" (up and down sweep: fewest combinations), or "blocks" (each block
+    of `block` elements in order, then the block ends in order, then each block takes in the end before it).
+    Returns: one list a level of pairs (i, j): the value at j becomes value i combined with value j, i < j.
+    Source:  Hillis and Steele 1986; Blelloch 1990, in the inclusive form.
+    """
+    strides = [2**power for power in range((length - 1).bit_length())]
+    if kind == "hillis-steele":
+        levels = [[(j - stride, j) for j in range(stride, length)] for stride in strides]
+    elif kind == "blelloch":
+        up = [[(j - stride, j) for j in range(2 * stride - 1, length, 2 * stride)] for stride in strides]
+        down = [[(j - stride, j) for j in range(3 * stride - 1, length, 2 * stride)] for stride in reversed(strides)]
+        levels = up + down
+    elif kind == "blocks":
+        inside = [[(j - 1, j) for j in range(step, length, block)] for step in range(1, block)]
+        ends = range(block - 1, length, block)
+        carried = [[(end - block, end)] for end in ends[1:]]
+        spread = [(j - j % block - 1, j) for j in range(block, length) if j not in ends]
+        levels = inside + carried + [spread]
+    else:
+        raise ValueError(f"scan kind {kind!r} is unknown: choose 'blelloch', 'hillis-steele' or 'blocks'")
+    return [level for level in levels if level]
+
+
+def scan_tree(length: int, kind: str = "blelloch", block: int = 4) -> Figure:
+    """Which elements a prefix scan combines, level by level downwards (see `scan_levels`): coloured lines combine."""
+    levels = scan_levels(length, kind, block)
+    axes = _axes(min(12, 1.5 + 0.4 * length), 1.2 + 0.45 * len(levels), "position in the sequence", "level")
+    axes.vlines(range(length), 0, len(levels), color=COLOURS["neutral"], linewidth=0.5)
+    for depth, level in enumerate(levels):
+        for i, j in level:
+            axes.plot([i, j], [depth, depth + 1], color=COLOURS["mamba"], linewidth=1.6)
+            axes.plot(j, depth + 1, "o", color=COLOURS["mamba"], markersize=6)
+    axes.plot(range(length), [0] * length, "o", color=COLOURS["neutral"], markersize=6)
+    work = sum(map(len, levels))
+    axes.set_title(f"{kind}: {work} combinations in {len(levels)} levels", fontsize=10, loc="left")
+    axes.set(xticks=range(length), yticks=range(len(levels) + 1), ylim=(len(levels) + 0.5, -0.5))
+    return axes.figure
+
+
+def impulse_responses(times, curves, labels, xlabel: str = "time", ylabel: str = "response") -> Figure:
+    """A family of curves over time, dark to light in the order given.
+
+    times: (t,); curves: (k, t); labels: k names.
+    """
+    axes = _axes(xlabel=xlabel, ylabel=ylabel)
+    shades = matplotlib.colormaps["cividis"](np.linspace(0, 0.85, len(labels)))
+    for curve, label, shade in zip(curves, labels, shades, strict=True):
+        axes.plot(times, curve, color=shade, label=label)
+    axes.legend(frameon=False, fontsize=8)
+    return axes.figure
+
+
+def cache_growth(contexts, kv_bytes: dict) -> Figure:
+    """Memory that one sequence keeps while decoding, against its length, both axes in powers of two.
+
+    contexts: (t,) tokens; kv_bytes: name -> (t,) bytes, drawn in GiB.
+    """
+    axes = _axes(xlabel="context in tokens", ylabel="cache in GiB")
+    for (name, sizes), colour in zip(kv_bytes.items(), colours_of(kv_bytes), strict=True):
+        axes.plot(contexts, np.asarray(sizes) / GIB, color=colour, marker="o", markersize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}K" if tokens >= 1024 else f"{tokens:g}")
+    axes.yaxis.set_major_formatter(lambda gib, _: f"{gib:.3g}")
+    axes.legend(frameon=False, fontsize=8)
+    return axes.figure
+
+
+def expert_load(fractions) -> Figure:
+    """The share of the tokens that each expert received; the dashed line is the even share.
+
+    fractions: (e,), no unit.
+    """
+    fractions = np.asarray(fractions)
+    axes = _axes(xlabel="expert", ylabel="share of the tokens")
+    axes.bar(range(len(fractions)), fractions, color=COLOURS["moe"])
+    axes.axhline(fractions.mean(), color="black", linestyle="--", linewidth=1)
+    axes.set_xticks(range(len(fractions)))
+    return axes.figure
+
+
+def loss_curves(steps, curves: dict, ylabel: str = "loss in nats a token") -> Figure:
+    """Training curves. steps: (t,); curves: name -> (t,)."""
+    axes = _axes(xlabel="step", ylabel=ylabel)
+    for (name, losses), colour in zip(curves.items(), colours_of(curves), strict=True):
+        axes.plot(steps, losses, color=colour, label=name)
+    axes.legend(frameon=False)
+    return axes.figure
+
+
+def attention_map(weights, labels=None) -> Figure:
+    """How much each query (row) attends to each key (column), from white at 0 to full colour at the largest weight.
+
+    weights: (t, s), each row sums to 1; labels: the s tokens, if they are to be named (also on the rows where t == s).
+    """
+    weights = np.asarray(weights)
+    axes = _axes(width=5.2, height=4.2, xlabel="key", ylabel="query")
+    shades = matplotlib.colors.LinearSegmentedColormap.from_list("attention", ["white", COLOURS["attention"]])
+    image = axes.imshow(weights, cmap=shades, vmin=0, interpolation="nearest")
+    axes.figure.colorbar(image, label="weight")
+    if labels is not None:
+        axes.set_xticks(range(len(labels)), labels, rotation=90)
+        if weights.shape[0] == len(labels):
+            axes.set_yticks(range(len(labels)), labels)
+    return axes.figure
+
+
+def _axes(width=7.0, height=3.2, xlabel="", ylabel=""):
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes

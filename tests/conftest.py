@@ -1,0 +1,71 @@
+"""Shared by all tests: one thread, repeatable property tests, and tiny models with a long memory."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from minijamba.config import JambaConfig
+
+# The tensors are tiny: a second thread would only wait for the first, and tests run side by side.
+torch.set_num_threads(1)
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def hybrid() -> JambaConfig:
+    """Four tiny layers, "mE A+ m+ AE": every kind of layer, and each mixer above and below the other."""
+    return JambaConfig(
+        vocab_size=41,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=3,
+        expert_layer_offset=0,
+        num_experts=4,
+        mamba_d_state=4,
+        mamba_dt_rank=3,
+        max_position_embeddings=256,
+        dtype="float32",
+    )
+
+
+@pytest.fixture(scope="session")
+def long_memory() -> Callable[..., nn.Module]:
+    """`long_memory(module, seed=0, delta_bias=-4.6)`: random weights that hide no bug; returns the module.
+
+    Steps of softplus(-4.6) = 0.01 make the memory a hundred tokens long, so that a lost state shows in every later
+    output; norms, biases and D are all different from their start; outputs have a size of about one.
+    """
+    return _long_memory
+
+
+@torch.no_grad()
+def _long_memory(module: nn.Module, seed: int = 0, delta_bias: float = -4.6) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.copy_(_value(name, parameter, noise, delta_bias))
+    return module
+
+
+def _value(name: str, parameter: Tensor, noise: Tensor, delta_bias: float) -> Tensor:
+    if name.endswith("A_log"):
+        return parameter + 0.1 * noise
+    if "norm" in name or name.split(".")[-1] == "D":
+        return 1 + 0.2 * noise
+    if name.endswith("dt_proj.bias"):
+        return delta_bias + 0.3 * noise
+    if name.endswith("bias"):
+        return 0.3 * noise
+    if "embed" in name:
+        return noise
+    return noise * parameter.shape[-1] ** -0.5

@@ -1,0 +1,194 @@
+import re
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.colors
+import numpy as np
+import pytest
+
+import minijamba
+from minijamba import plots
+from minijamba.testing import assert_matches, assert_rejects
+
+LAYERS = [("attention" if i == 4 else "mamba", "moe" if i % 2 else "mlp") for i in range(8)]
+TIMES = np.linspace(0, 5, 20)
+DECAYS = np.exp(-np.outer([0.2, 1.0, 3.0], TIMES))
+CAUSAL = np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None]
+
+
+def colour(artist) -> str:
+    value = artist.get_facecolor() if hasattr(artist, "get_facecolor") else artist.get_color()
+    return matplotlib.colors.to_hex(value).upper()
+
+
+def test_schedule_strip_colours_every_layer():
+    config = SimpleNamespace(layers=[SimpleNamespace(mixer=m, feed_forward=f) for m, f in LAYERS])
+    for layers in (LAYERS, config):
+        axes = plots.schedule_strip(layers).axes[0]
+        mixers, feed_forwards = [[colour(bar) for bar in row] for row in axes.containers]
+        assert mixers == [plots.COLOURS[m] for m, _ in LAYERS]
+        assert feed_forwards == [plots.COLOURS[f] for _, f in LAYERS]
+        assert [{bar.get_y() for bar in row} for row in axes.containers] == [{0}, {1}]
+
+
+def test_budget_bars_end_at_the_total():
+    parts = {"experts int8": 42.0, "Mamba": 5.5, "KV cache": 4.0, "embeddings": 0.5}
+
+    def check(parts):
+        axes = plots.budget_bars(parts, memory_gib=80).axes[0]
+        bars = axes.containers[0]
+        assert_matches([bar.get_width() for bar in bars], [42.0, 5.5, 4.0, 0.5], 1e-12)
+        assert_matches(bars[-1].get_x() + bars[-1].get_width(), 52.0, 1e-12)
+        assert [colour(bar) for bar in bars] == [plots.COLOURS[c] for c in ("moe", "mamba", "attention", "neutral")]
+        assert axes.lines[0].get_xdata()[0] == 80
+        assert axes.get_title(loc="left") == "52.0 GiB fits in 80 GiB"
+
+    check(parts)
+    assert_rejects(check, parts | {"Mamba": 5.4}, dict(reversed(parts.items())))
+    assert "does not fit" in plots.budget_bars(parts, memory_gib=51.9).axes[0].get_title(loc="left")
+
+
+def combine_all(levels, length):
+    """Run the levels on intervals [start, end): the two parts must touch, so nothing is lost or counted twice."""
+    values = [(j, j + 1) for j in range(length)]
+    for level in levels:
+        before = list(values)
+        assert len({j for _, j in level}) == len(level), "two values written to one place"
+        for i, j in level:
+            assert before[i][1] == before[j][0], "the parts do not touch"
+            values[j] = (before[i][0], before[j][1])
+    return values
+
+
+@pytest.mark.parametrize("kind", ["blelloch", "hillis-steele", "blocks"])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 13, 16, 31, 63])
+def test_scan_levels_build_every_prefix(kind, length):
+    def check(levels):
+        assert combine_all(levels, length) == [(0, j + 1) for j in range(length)]
+
+    levels = plots.scan_levels(length, kind)
+    check(levels)
+    if length > 1:
+        assert_rejects(check, levels[:-1], levels[1:], [*levels, [(0, 1)]])
+
+
+def test_scan_levels_work_and_depth():
+    def work_and_depth(kind):
+        levels = plots.scan_levels(16, kind)
+        return sum(map(len, levels)), len(levels)
+
+    assert work_and_depth("hillis-steele") == (16 * 4 - 15, 4)
+    assert work_and_depth("blelloch") == (2 * 16 - 2 - 4, 2 * 4 - 1)
+    assert work_and_depth("blocks") == (12 + 3 + 9, 3 + 3 + 1)
+    with pytest.raises(ValueError, match="'zigzag' is unknown: choose"):
+        plots.scan_levels(16, "zigzag")
+
+
+@pytest.mark.parametrize("kind", ["blelloch", "hillis-steele", "blocks"])
+def test_scan_tree_draws_each_combination(kind):
+    axes = plots.scan_tree(11, kind).axes[0]
+    drawn = {tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2}
+    assert drawn == {pair for level in plots.scan_levels(11, kind) for pair in level}
+
+
+def test_curves_are_the_arrays_given():
+    def check(curves):
+        lines = plots.impulse_responses(TIMES, curves, ["slow", "middle", "fast"]).axes[0].lines
+        assert_matches([line.get_ydata() for line in lines], list(DECAYS), 0)
+        assert len({colour(line) for line in lines}) == 3
+
+    check(DECAYS)
+    assert_rejects(check, DECAYS[::-1], DECAYS * 1.001)
+    with pytest.raises(ValueError):
+        plots.impulse_responses(TIMES, DECAYS, ["one label too few", "for three curves"])
+
+    curves = {"attention only": DECAYS[0], "Mamba only": DECAYS[1], "Jamba": DECAYS[2]}
+    lines = plots.loss_curves(TIMES, curves).axes[0].lines
+    assert_matches([line.get_ydata() for line in lines], list(DECAYS), 0)
+    assert [colour(line) for line in lines] == [plots.COLOURS["attention"], plots.COLOURS["mamba"], plots.FREE[0]]
+
+
+def test_cache_growth_is_drawn_in_gib():
+    contexts = 2 ** np.arange(10, 19)
+
+    def check(bytes_a_token):
+        line = plots.cache_growth(contexts, {"KV cache": contexts * bytes_a_token}).axes[0].lines[0]
+        assert_matches(line.get_ydata()[-1], 4.0, 1e-12)
+        assert colour(line) == plots.COLOURS["attention"]
+
+    check(16 * 1024)
+    assert_rejects(check, 16 * 1000)
+
+
+def test_expert_load_and_attention_map():
+    def check(fractions):
+        axes = plots.expert_load(fractions).axes[0]
+        assert_matches([bar.get_height() for bar in axes.patches], [0.5, 0.25, 0.25, 0.0], 0)
+        assert {colour(bar) for bar in axes.patches} == {plots.COLOURS["moe"]}
+        assert axes.lines[0].get_ydata()[0] == 0.25
+
+    check([0.5, 0.25, 0.25, 0.0])
+    assert_rejects(check, [0.25, 0.5, 0.25, 0.0])
+
+    def check_map(weights):
+        axes = plots.attention_map(weights, list("abcd")).axes[0]
+        assert_matches(np.asarray(axes.images[0].get_array()), CAUSAL, 0)
+        assert axes.images[0].get_clim() == (0, 1)
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == list("abcd")
+
+    check_map(CAUSAL)
+    assert_rejects(check_map, CAUSAL.T)
+
+
+COLOUR_BLINDNESS = {  # on linear RGB: Machado, Oliveira and Fernandes 2009, full severity
+    "none": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+CONFUSED = {
+    "none": ["#8C8C8C", "#999999"],
+    "protan": ["#C83232", "#5A5A28"],
+    "deutan": ["#C84646", "#828237"],
+    "tritan": ["#0072B2", "#009E73"],  # Okabe and Ito's own blue and green
+}
+
+
+@pytest.mark.parametrize("eye", COLOUR_BLINDNESS)
+def test_components_differ_to_every_eye(eye):
+    def check(colours):
+        linear = np.array([matplotlib.colors.to_rgb(c) for c in colours]) ** 2.2
+        seen = np.clip(linear @ np.array(COLOUR_BLINDNESS[eye]).T, 0, 1) ** (1 / 2.2)
+        assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 0.2  # of sqrt(3), black to white
+
+    check(plots.COLOURS.values())
+    assert_rejects(check, CONFUSED[eye])
+
+
+def test_a_name_finds_its_component():
+    assert plots.component_colour("KV cache") == plots.COLOURS["attention"]
+    assert plots.component_colour("Mamba_state") == plots.COLOURS["mamba"]
+    assert plots.component_colour("attention-free Mamba") is None
+    assert plots.component_colour("Mamba's mix") == plots.COLOURS["mamba"]
+    assert plots.component_colour("Jamba") is None
+    assert plots.colours_of(["mamba", "Mamba state", "x", "y"]) == [plots.COLOURS["mamba"], *plots.FREE[:3]]
+
+
+def test_figures_leave_no_pyplot_state_and_show_as_png():
+    script = (
+        "import sys; from minijamba import plots; figure = plots.expert_load([0.5, 0.5]);"
+        "assert 'matplotlib.pyplot' not in sys.modules; assert figure._repr_png_()[1:4] == b'PNG'; print(repr(figure))"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout == "<Figure size 700x320 with 1 Axes>\n"
+
+
+def test_only_plots_imports_matplotlib():
+    package = Path(minijamba.__file__).parent
+    importing = [p.name for p in package.rglob("*.py") if re.search(r"(import|from) matplotlib", p.read_text())]
+    assert importing == ["plots.py"]

@@ -1,0 +1,63 @@
+import warnings
+
+import pytest
+import torch
+
+from minijamba import rungs
+from minijamba.rungs import choose, use_rung
+from minijamba.testing import assert_rejects
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LADDER = {"naive": "the definition", "parallel": "the algorithm"}
+WITH_KERNEL = {**LADDER, "fused": "the hardware"}
+
+
+def test_auto_takes_the_last_rung_and_a_name_takes_that_one():
+    def check(choose):
+        assert choose("scan", "auto", LADDER, CPU) == "the algorithm"
+        assert choose("scan", "auto", WITH_KERNEL, CPU) == "the hardware"
+        assert choose("scan", "naive", WITH_KERNEL, CPU) == "the definition"
+
+    def always_the_fastest(component, rung, implementations, device):
+        return list(implementations.values())[-1]
+
+    check(choose)
+    assert_rejects(check, always_the_fastest)
+
+
+def test_use_rung_holds_inside_its_block_only():
+    def chosen(rung="auto"):
+        return choose("scan", rung, WITH_KERNEL, CPU)
+
+    with use_rung("naive"):
+        assert chosen() == "the definition"
+        assert chosen("parallel") == "the algorithm", "a rung named in the call goes before the block's"
+        with use_rung("parallel"):
+            assert chosen() == "the algorithm"
+        assert chosen() == "the definition"
+    assert chosen() == "the hardware"
+    with pytest.raises(KeyError), use_rung("naive"):
+        raise KeyError
+    assert chosen() == "the hardware", "an exception leaves the block too"
+
+
+def test_unknown_rung_names_the_choices():
+    wanted = r"scan has no rung 'fast' here; choose 'auto' or one of \['naive', 'parallel'\]"
+    with pytest.raises(ValueError, match=wanted):
+        choose("scan", "fast", LADDER, CPU)
+    with use_rung("fast"), pytest.raises(ValueError, match=wanted):
+        choose("scan", "auto", LADDER, CPU)
+
+
+def test_a_missing_kernel_is_said_once_a_component(monkeypatch):
+    monkeypatch.setattr(rungs, "_told", set())
+    with pytest.warns(UserWarning, match="scan: no fused kernel is available here, the parallel rung runs"):
+        choose("scan", "auto", LADDER, GPU)
+    with pytest.warns(UserWarning, match="conv"):
+        choose("conv", "auto", LADDER, GPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose("scan", "auto", LADDER, GPU)
+        choose("moe", "auto", LADDER, CPU)
+        choose("moe", "auto", WITH_KERNEL, GPU)
+        choose("moe", "parallel", LADDER, GPU)
