@@ -45,7 +45,7 @@ def build_parser():
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
 
     verb = _verb(verbs, budget, "parameters, bytes and FLOPs of a model, before allocating any")
-    verb.add_argument("config", nargs="?", default="jamba-v0.1", help="a preset, a config.json or its folder (jamba-v0.1)")
+    verb.add_argument("config", nargs="?", default="jamba-v0.1", help="preset, config.json or its folder (jamba-v0.1)")
     verb.add_argument("--context", type=int, help="tokens (the config's longest)")
     verb.add_argument("--batch", type=int, default=1, help="sequences (1)")
     verb.add_argument("--quantize", choices=("int8", "int4"), help="weights of the experts")
@@ -128,8 +128,8 @@ def _text_prompt(model, options):
     tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer of {options.model} has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: "
-            f"put the right tokenizer.json beside the weights, or give ids with --tokens"
+            f"the tokenizer of {options.model} has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}: put the right tokenizer.json beside the weights, or give ids with --tokens"
         )
     bos = model.config.bos_token_id
     decoder = tokenizer.stream()

@@ -7,28 +7,29 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 COMPONENTS = ("scan", "conv", "attention", "moe")
-PACKAGES = {
+REMEDIES = {
     "torch numpy einops safetensors tokenizers huggingface_hub tqdm matplotlib jupyterlab psutil": "pip install -e .",
-    "pytest pytest-xdist hypothesis nbval transformers mambapy": "pip install -e '.[test]', to run the tests",
-    "mamba-ssm causal-conv1d": "pip install --no-build-isolation -e '.[peers]' on a machine with nvcc, to compare speeds",
+    "pytest pytest-xdist hypothesis nbval transformers mambapy ruff": "pip install -e '.[test]', to run the tests",
+    "mamba-ssm causal-conv1d": "pip install --no-build-isolation -e '.[peers]' where there is nvcc, to compare speeds",
+    "triton": "pip install triton on Linux x86-64, for kernels; the parallel rungs do without",
 }
 
 
 def report():
-    """The whole report as text: a line a package, device and component, and a remedy beside each thing missing."""
+    """A line for each package, device and component, and a remedy beside each thing that is missing."""
     sections = {"packages": _packages(), "machine": _machine(), "rungs": _rungs()}
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
 
 
 def _packages():
-    yield f"{'python':<16} {platform.python_version()}"
-    for names, remedy in PACKAGES.items():
-        for name in names.split():
-            yield f"{name:<16} {_version(name) or f'absent: {remedy}'}"
-    if platform.system() == "Linux" and platform.machine() == "x86_64":
-        yield f"{'triton':<16} {_version('triton') or 'absent: pip install triton, for the fused kernels'}"
-    else:
-        yield f"{'triton':<16} {_version('triton') or 'absent: it is made for Linux on x86-64 only; the parallel rungs run'}"
+    yield _row("python", platform.python_version())
+    for packages, remedy in REMEDIES.items():
+        for package in packages.split():
+            yield _row(package, _version(package) or f"absent: {remedy}")
+
+
+def _row(name, value):
+    return f"{name:<16} {value}"
 
 
 def _version(package):
@@ -39,30 +40,32 @@ def _version(package):
 
 
 def _machine():
-    yield f"{'cpu':<16} {torch.get_num_threads()} threads, {platform.machine()}, {platform.system()}"
+    yield _row("cpu", f"{torch.get_num_threads()} threads, {platform.machine()}, {platform.system()}")
     if _version("psutil"):
         import psutil
 
         memory = psutil.virtual_memory()
-        yield f"{'memory':<16} {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+        yield _row("memory", _free(memory.available, memory.total))
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        yield f"{f'cuda:{index}':<16} {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        yield _row(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {_free(*torch.cuda.mem_get_info(index))}")
     if torch.backends.mps.is_available():
-        yield f"{'mps':<16} available"
+        yield _row("mps", "found, but untried")
     if not torch.cuda.is_available():
-        yield f"{'cuda':<16} {_why_no_cuda()}"
+        yield _row("cuda", f"absent: {_without_cuda()}")
 
 
-def _why_no_cuda():
+def _free(free, total):
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+
+def _without_cuda():
     if torch.version.cuda is None:
-        return "absent: this torch is built without CUDA; on a machine with an NVIDIA GPU install a build with it (pytorch.org)"
-    return f"absent: torch is built for CUDA {torch.version.cuda} but finds no GPU; check that nvidia-smi lists one"
+        return "this torch is built without it; where there is an NVIDIA GPU, install a build with CUDA (pytorch.org)"
+    return f"this torch is built for CUDA {torch.version.cuda} but finds no GPU; see whether nvidia-smi lists one"
 
 
 def _rungs():
     for component in COMPONENTS:
         *slower, fastest = import_module(f".{component}", __package__)._RUNGS
-        yield f"{component:<16} {fastest} (by name also: {', '.join(slower)})"
-    yield f"{'decoding':<16} two caches: keys and values, and the Mamba state"
+        yield _row(component, f"{fastest} (by name also: {', '.join(slower)})")
+    yield _row("decoding", "two caches: keys and values, and the Mamba state")

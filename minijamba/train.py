@@ -44,8 +44,9 @@ def parameter_groups(model, weight_decay):
 
 
 def schedule(progress, warmup=0.05, floor=0.1):
-    """Share of the peak learning rate after `progress` (0 to 1) of the run: a line up to 1 over the first `warmup`, then
-    half a cosine down to `floor`.
+    """Share of the peak learning rate after `progress` (0 to 1) of the run.
+
+    A line up to 1 over the first `warmup`, then half a cosine down to `floor`.
 
     >>> [round(schedule(progress), 2) for progress in (0.0, 0.025, 0.05, 0.525, 1.0)]
     [0.0, 0.5, 1.0, 0.55, 0.1]
@@ -67,12 +68,15 @@ def train(model, batches, *, steps=None, seconds=None, learning_rate=3e-3, weigh
         clip: largest norm of the whole gradient.
         progress: a tqdm bar on stderr.
     Returns: list of Record, one a step.
-    Raises: ValueError if neither steps nor seconds is given; FloatingPointError, with the model as it was before that
-        step, when the loss or the gradient is no longer finite.
+    Raises: ValueError if neither steps nor seconds is given, or one is not above 0; FloatingPointError, with the model
+        as it was before that step, when the loss or the gradient is no longer finite.
     Source: Mamba (arXiv 2312.00752), appendix E.2: betas (0.9, 0.95), weight decay 0.1, clip 1.0.
     """
     from tqdm import tqdm
 
+    for name, value in (("steps", steps), ("seconds", seconds)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}, but a run needs more than 0")
     if steps is None and seconds is None:
         raise ValueError("a run needs an end: give steps or seconds")
     groups = parameter_groups(model, weight_decay)
@@ -80,7 +84,7 @@ def train(model, batches, *, steps=None, seconds=None, learning_rate=3e-3, weigh
     device = next(model.parameters()).device
     history, start, done = [], time.perf_counter(), 0.0
     model.train()
-    with tqdm(total=100, unit="%", disable=not progress, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+    with tqdm(total=100, disable=not progress, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         for step, batch in enumerate(batches):
             began = time.perf_counter()
             done = max(step / steps if steps else 0.0, (began - start) / seconds if seconds else 0.0)
@@ -92,11 +96,7 @@ def train(model, batches, *, steps=None, seconds=None, learning_rate=3e-3, weigh
             optimizer.zero_grad()
             (loss + model.config.router_aux_loss_coef * balance).backward()
             norm = clip_grad_norm_(model.parameters(), clip)
-            if not torch.isfinite(loss + norm):
-                raise FloatingPointError(
-                    f"step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}: lower the learning rate "
-                    f"(now at most {learning_rate:g}) or look for the layer that overflows"
-                )
+            _refuse_infinity(step, loss, norm, learning_rate)
             optimizer.step()
             speed = (batch.numel() - len(batch)) / (time.perf_counter() - began)
             history.append(Record(step, loss.item(), balance.item(), speed))
@@ -104,6 +104,14 @@ def train(model, batches, *, steps=None, seconds=None, learning_rate=3e-3, weigh
             bar.update(100 * done - bar.n)
         bar.update(100 * min(1.0, done) - bar.n)
     return history
+
+
+def _refuse_infinity(step, loss, norm, learning_rate):
+    if not torch.isfinite(loss + norm):
+        raise FloatingPointError(
+            f"step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}: lower the learning rate (now at "
+            f"most {learning_rate:g}) or look for the layer that overflows"
+        )
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ LEVELS = [
     "__main__",
 ]
 LEVEL = {name: row for row, names in enumerate(LEVELS) for name in names.split()}
-LAZY = "transformers triton matplotlib safetensors tqdm psutil tokenizers huggingface_hub mambapy mamba_ssm".split()
+LAZY = ["transformers", "triton", "matplotlib", "safetensors", "tqdm", "psutil", "tokenizers", "huggingface_hub"]
 
 
 def imports(path):

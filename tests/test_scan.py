@@ -22,7 +22,7 @@ RUNGS = pytest.mark.parametrize("rung", ["naive", "parallel"])
 
 # Tiny tensors would all fit into one chunk. Chunk sizes here are in steps; a wide step turns the blocks off.
 PLANS = {
-    "one chunk": {},
+    "one chunk": {"BLOCK": 16},
     "chunks of 16": {"CHUNK_SIZE": 1},
     "chunks of 4 blocks": {"BLOCK": 4, "CHUNK_SIZE": 16 * 2 * 3 * 4},
     "no blocks": {"WIDE_STEP": 0},
@@ -72,11 +72,11 @@ def with_gradients(run, inputs, **options):
     y, state = run(**inputs, **options)
     loss = sum((torch.arange(out.numel()).cos() * out.double().flatten()).sum() for out in (y, state))
     names = [name for name, tensor in inputs.items() if tensor.requires_grad]
-    gradients = torch.autograd.grad(loss, [inputs[name] for name in names])
+    gradients = torch.autograd.grad(loss, [inputs[name] for name in names], materialize_grads=True)
     return {"y": y, "state": state} | {f"gradient of {n}": g for n, g in zip(names, gradients, strict=True)}
 
 
-def pieces(run, cuts, segments=None):
+def pieces(run, cuts):
     """A scan that runs a sequence in pieces, each from the state that the one before it returned."""
 
     def in_pieces(state, **arguments):
@@ -175,10 +175,8 @@ def test_parallel_equals_the_definition(steps, packed, plan):
         narrow = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in inputs.items()}
         assert_matches(with_gradients(run, narrow, segments=segments), expected, tolerance, "scan")
 
-    def state_lost_between_chunks(state, segments, **arguments):
-        return pieces(lambda state, **piece: loop(**piece, state=torch.zeros_like(state)), range(1, steps))(
-            state, **arguments
-        )
+    def state_lost_between_chunks(segments, **arguments):
+        return pieces(lambda state, **piece: loop(**piece, state=torch.zeros_like(state)), [16, 32, 48])(**arguments)
 
     def documents_leak(segments, **arguments):
         return loop(**arguments)
@@ -186,9 +184,8 @@ def test_parallel_equals_the_definition(steps, packed, plan):
     with patch.multiple(parallel, **plan):
         check(scan)
         check(scan, FLOAT32, torch.float32)
-    assert_rejects(check, state_lost_between_chunks, *MISTAKES)
-    if packed and steps > 20:
-        assert_rejects(check, documents_leak)
+    if steps == 63:
+        assert_rejects(check, state_lost_between_chunks, *([documents_leak] if packed else []))
 
 
 @RUNGS
@@ -267,7 +264,7 @@ def test_padding_is_a_step_of_length_zero(rung, side):
 
 
 @given(st.data())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_any_shape_packing_padding_and_split(data):
     sizes = {name: data.draw(st.integers(1, 4), name) for name in ("batch", "channels", "states")}
     steps = data.draw(st.integers(1, 70), "steps")
@@ -299,8 +296,8 @@ def test_any_shape_packing_padding_and_split(data):
 
 @RUNGS
 def test_gradcheck(rung):
-    inputs = draw(batch=1, steps=9, channels=2, states=2)
-    segments = torch.tensor([[0] * 6 + [1] * 3])
+    inputs = draw(batch=1, steps=7, channels=2, states=2)
+    segments = torch.tensor([[0] * 5 + [1] * 2])
 
     def run(*tensors):
         return scan(rung, **dict(zip(inputs, tensors, strict=True)), segments=segments)
@@ -540,7 +537,7 @@ def test_step_equals_transformers_step():
     ours, theirs = inputs["state"].clone(), inputs["state"].clone()
     y = selective_step(ours, **token, A=A, D=D, delta_bias=bias, delta_softplus=True)
     expected = mamba_selective_state_update(
-        theirs, token["x"], token["delta"], A, token["B"], token["C"], D, token["z"], bias, True
+        theirs, token["x"], token["delta"], A, token["B"], token["C"], D, z=token["z"], dt_bias=bias, dt_softplus=True
     )
     assert_matches([y, ours], [expected, theirs], FLOAT32, "transformers' step")
     assert_rejects(lambda state: assert_matches(state, theirs, FLOAT32), inputs["state"])

@@ -115,6 +115,8 @@ def test_a_run_ends_with_steps_seconds_or_batches(model, tokens):
     assert 0 < len(train(model, batches, seconds=0.5, progress=False)) < 1000
     with pytest.raises(ValueError, match="give steps or seconds"):
         train(model, batches)
+    with pytest.raises(ValueError, match="steps is 0"):
+        train(model, batches, steps=0, seconds=1)
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_leaves_the_model(model, tokens):
