@@ -99,7 +99,7 @@ def bench_scan(
     _warn_of_company()
     sides = _available_sides(device, compiled)
     rows = []
-    with tqdm(total=len(sides) * ((repeats + 1) * len([*lengths, *backward]) + len(memory))) as progress:
+    with tqdm(total=len(sides) * ((repeats + 1) * len([*lengths, *backward]) + len(memory)), leave=False) as progress:
 
         def note(measure, steps, figures):
             rows.extend({"measure": measure, "steps": steps, "side": side, **row} for side, row in figures.items())

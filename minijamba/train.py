@@ -18,7 +18,7 @@ class Record(NamedTuple):
 
     step: int
     loss: float  # cross-entropy, nats a token
-    balance: float  # mean over the MoE layers; k = perfect balance, e = every token to the same experts; 0 without MoE
+    balance: float  # all MoE layers taken together: k = even use, up to e = all tokens to the same experts; 0 without MoE
     tokens_per_second: float
 
 
