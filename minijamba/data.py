@@ -14,7 +14,7 @@ import torch
 
 from .tokenizer import BOS
 
-# Third-party packages, tests and tables of characters: not text that reads like a program or its manual.
+# Third-party packages, tests, tables of characters and records of how this Python was built: not text of the library.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3"}
 
 
@@ -28,7 +28,7 @@ def standard_library_text():
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
         name = path.relative_to(root)
-        if SKIPPED_FOLDERS.isdisjoint(name.parts):
+        if SKIPPED_FOLDERS.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
             documents[name.as_posix()] = path.read_text(encoding="utf-8", errors="replace")
     for name, text in importlib.import_module("pydoc_data.topics").topics.items():
         documents[f"reference/{name}"] = text

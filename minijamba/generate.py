@@ -144,7 +144,7 @@ def _prompts(model: Jamba, tokens: Tensor | Sequence, mask: Tensor | None) -> tu
     if mask.shape != tokens.shape:
         raise ValueError(f"mask must have the shape of tokens {tuple(tokens.shape)}, not {tuple(mask.shape)}")
     if tokens.shape[1] == 0 or not bool(mask.any(1).all()):
-        raise ValueError("a prompt is empty: give every row at least one token, the beginning-of-text token for example")
+        raise ValueError("a prompt is empty: give every row at least one token, such as the beginning-of-text token")
     check_tokens(model.config, tokens)
     return tokens.to(model.device), mask.to(model.device)
 

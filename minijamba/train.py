@@ -18,7 +18,7 @@ class Record(NamedTuple):
 
     step: int
     loss: float  # cross-entropy, nats a token
-    balance: float  # all MoE layers taken together: k = even use, up to e = all tokens to the same experts; 0 without MoE
+    balance: float  # all MoE layers together: k = even use, up to e = the same experts for all tokens; 0 without MoE
     tokens_per_second: float
 
 

@@ -39,15 +39,18 @@ def scan(
     """The function of `naive.scan`, same arguments."""
     wide = state.dtype
     u = x.to(wide)
-    delta = step_length(delta.to(wide), delta_bias, delta_softplus)
     with torch.autocast(x.device.type, enabled=False):  # it would round the products with C
         y, state = _ChunkedScan.apply(
-            *(tensor.to(wide).transpose(0, 1).contiguous() for tensor in (u, delta, B, C)),
+            *map(_time_first, (u, step_length(delta.to(wide), delta_bias, delta_softplus), B.to(wide), C.to(wide))),
             A.to(wide).T.contiguous(),
             state.mT.contiguous(),
             None if segments is None else _starts(segments),
         )
     return skip_and_gate(y.transpose(0, 1), u, D, z).to(x.dtype), state.mT.contiguous()
+
+
+def _time_first(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1).contiguous()
 
 
 def _starts(segments: Tensor) -> Tensor:
