@@ -26,7 +26,7 @@ def build_parser():
     verbs = parser.add_subparsers(title="verbs", metavar="verb", required=True)
 
     verb = _verb(verbs, tour, "see a small Jamba built, proved, trained and writing, in three minutes")
-    verb.add_argument("--seconds", type=float, default=60, help="length of the training (60)")
+    verb.add_argument("--seconds", type=float, default=75, help="length of the training (75)")
 
     verb = _verb(verbs, lab, "open JupyterLab in the folder of notebooks")
     verb.add_argument("--no-browser", action="store_true", help="print the address only")
@@ -40,6 +40,7 @@ def build_parser():
     verb.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest token (0)")
     verb.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     verb.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold P of the mass")
+    verb.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 repeats less (1)")
     verb.add_argument("--seed", type=int, help="the same seed draws the same text")
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
@@ -113,6 +114,7 @@ def generate(options):
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
         seed=options.seed,
         stream=lambda chosen: print(show(chosen[0]), end="", flush=True),
     )
@@ -122,10 +124,12 @@ def generate(options):
 def _text_prompt(model, options):
     """The ids of --prompt, and the stream that turns new ids into text: (ids, add, finish)."""
     from .checkpoint import locate
-    from .tokenizer import load_tokenizer
+    from .tokenizer import ByteTokenizer, load_tokenizer
 
     path = locate(options.model, weights=False)
     tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    if isinstance(tokenizer, ByteTokenizer):
+        print(f"minijamba: {options.model} has no tokenizer.json, so text is taken as bytes", file=sys.stderr)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {options.model} has {tokenizer.vocab_size} tokens and the model "

@@ -17,28 +17,36 @@ from .tokenizer import BOS, BPETokenizer
 from .train import evaluate, train
 
 VOCABULARY = 1024
-BATCH, LENGTH = 4, 128  # sequences a step, tokens a sequence
+STATES = 4  # a channel; more would take time from the steps that a minute holds
+BATCH, LENGTH = 8, 64  # sequences a step, tokens a sequence
+LEARNING_RATE = 4e-3
 LONGEST_MODULE = 40_000  # characters; longer modules are mostly tables
-PROMPT = "def"
+PROMPT = "class Reader:\n    def __init__(self"
 
 
-def tour(seconds=60):
+def tour(seconds=75):
     """Prints the whole tour; `seconds` is the length of the training.
 
     Raises: AssertionError if two rungs differ, or if the training does not lower the loss.
     """
-    torch.manual_seed(0)
-    model = _build()
-    _prove(model)
-    tokenizer = _train(model, seconds)
-    _write(model, tokenizer)
-    _plan()
+    threads = torch.get_num_threads()
+    # Tensors this small gain little from a second thread, and lose much where it has to wait for other programs.
+    torch.set_num_threads(1)
+    try:
+        torch.manual_seed(0)
+        model = _build()
+        _prove(model)
+        tokenizer = _train(model, seconds)
+        _write(model, tokenizer)
+        _plan()
+    finally:
+        torch.set_num_threads(threads)
     print("\nNext: minijamba lab opens the notebooks; begin with 00_map.ipynb, the same model from the inside.")
 
 
 def _build():
     _title("A small Jamba")
-    model = mj.Jamba(mj.preset("tour", vocab_size=VOCABULARY))
+    model = mj.Jamba(mj.preset("tour", vocab_size=VOCABULARY, mamba_d_state=STATES))
     config, table = model.config, mj.budget(model.config)
     print(f"layers: {config.schedule}")
     print("        m Mamba, A attention; + MLP, E mixture of experts\n")
@@ -121,7 +129,7 @@ def _train(model, seconds):
     )
     held_out_batches = list(islice(random_windows(held_out, 8, LENGTH, seed=1), 8))
     before = evaluate(model, held_out_batches)
-    history = train(model, random_windows(text, BATCH, LENGTH), seconds=seconds)
+    history = train(model, random_windows(text, BATCH, LENGTH), seconds=seconds, learning_rate=LEARNING_RATE)
     after = evaluate(model, held_out_batches)
     print(f"{len(text):,} tokens of {len(parts[0])} modules; {len(history)} steps of {BATCH} x {LENGTH} tokens")
     print("\nloss in nats a token, on modules held out")
@@ -154,7 +162,7 @@ def _write(model, tokenizer):
         model,
         [BOS, *tokenizer.encode(PROMPT)],
         max_new_tokens=200,
-        temperature=0.6,
+        temperature=0.5,
         top_p=0.9,
         seed=0,
         stop=(),

@@ -1,5 +1,8 @@
 """Text survives the way to ids and back, whole or streamed."""
 
+import doctest
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,3 +92,8 @@ def test_refusals(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="is not a tokenizer.json"):
         BPETokenizer.load(tmp_path)
+
+
+def test_the_docstrings_examples_hold():
+    results = doctest.testmod(sys.modules["minijamba.tokenizer"])
+    assert results.attempted and not results.failed

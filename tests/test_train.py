@@ -1,6 +1,8 @@
 """A run lowers the loss, decays what should decay, ends when told, and stops at the first number that is not finite."""
 
+import doctest
 import math
+import sys
 from itertools import islice, repeat
 
 import pytest
@@ -132,3 +134,8 @@ def test_a_loss_that_is_not_finite_names_its_step_and_leaves_the_model(model, to
     with pytest.raises(FloatingPointError, match="step 2: loss nan.*lower the learning rate"):
         train(model, batches(), steps=10, progress=False)
     assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in model.state_dict().items())
+
+
+def test_the_docstrings_examples_hold():
+    results = doctest.testmod(sys.modules["minijamba.train"])
+    assert results.attempted and not results.failed

@@ -14,14 +14,16 @@ def scan(
     u, A, B, C = (tensor.to(wide) for tensor in (x, A, B, C))
     delta = step_length(delta.to(wide), delta_bias, delta_softplus)
     y = []
-    for t in range(x.shape[1]):
+    # unbind and not [:, t], whose gradient is a tensor as long as the sequence, for every step
+    steps = zip(*(tensor.unbind(1) for tensor in (u, delta, B, C)), strict=True)
+    for t, (u_t, delta_t, B_t, C_t) in enumerate(steps):
         if segments is not None and t > 0:
             starts = segments[:, t] != segments[:, t - 1]
             state = state.masked_fill(starts[:, None, None], 0)
-        A_bar = torch.exp(delta[:, t, :, None] * A)
-        B_bar = delta[:, t, :, None] * B[:, t, None, :]
-        state = A_bar * state + B_bar * u[:, t, :, None]
-        y.append((state * C[:, t, None, :]).sum(-1))
+        A_bar = torch.exp(delta_t[:, :, None] * A)
+        B_bar = delta_t[:, :, None] * B_t[:, None, :]
+        state = A_bar * state + B_bar * u_t[:, :, None]
+        y.append((state * C_t[:, None, :]).sum(-1))
     return skip_and_gate(torch.stack(y, dim=1), u, D, z).to(x.dtype), state
 
 
