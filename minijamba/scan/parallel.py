@@ -26,10 +26,10 @@ from torch.autograd.function import once_differentiable
 from .naive import skip_and_gate, step_length
 
 BLOCK = 16  # steps
-# Sizes in numbers a tensor, found by timing: a chunk stays in a CPU's cache; a step as wide as this keeps the processor
-# busy by itself, where blocks would only repeat its arithmetic.
+# Sizes in numbers a tensor, found by timing. A chunk stays in a CPU's cache. Blocks save calls and double the work, which
+# suits narrow steps; 16 wide steps in one call would make PyTorch wait for its threads each time.
 CHUNK_SIZE = 2**20
-WIDE_STEP = 2**13
+WIDE_STEP = 2**10
 
 
 def scan(
@@ -39,18 +39,22 @@ def scan(
     """The function of `naive.scan`, same arguments."""
     wide = state.dtype
     u = x.to(wide)
+    y, state = _recurrence(
+        u, step_length(delta.to(wide), delta_bias, delta_softplus), A.to(wide), B.to(wide), C.to(wide), state, segments
+    )
+    return skip_and_gate(y, u, D, z).to(x.dtype), state
+
+
+def _recurrence(x, delta, A, B, C, state, segments) -> tuple[Tensor, Tensor]:
+    """y_t = <C_t, state_t> and the last state: x, delta, y (b, t, c); B, C (b, t, n); A (c, n); state (b, c, n)."""
     with torch.autocast(x.device.type, enabled=False):  # it would round the products with C
         y, state = _ChunkedScan.apply(
-            *map(_time_first, (u, step_length(delta.to(wide), delta_bias, delta_softplus), B.to(wide), C.to(wide))),
-            A.to(wide).T.contiguous(),
+            *(tensor.transpose(0, 1).contiguous() for tensor in (x, delta, B, C)),
+            A.T.contiguous(),
             state.mT.contiguous(),
             None if segments is None else _starts(segments),
         )
-    return skip_and_gate(y.transpose(0, 1), u, D, z).to(x.dtype), state.mT.contiguous()
-
-
-def _time_first(tensor: Tensor) -> Tensor:
-    return tensor.transpose(0, 1).contiguous()
+    return y.transpose(0, 1), state.mT.contiguous()
 
 
 def _starts(segments: Tensor) -> Tensor:
@@ -61,17 +65,19 @@ def _starts(segments: Tensor) -> Tensor:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """x, delta (t, b, c), B, C (t, b, n), A (n, c), state (b, n, c), starts (t, b) or None -> y (t, b, c), state."""
+    """y_t = <C_t, state_t> and the last state, where state_t = exp(delta_t A) * state_{t-1} + B_t delta_t x_t.
+
+    x, delta, y (t, b, c); B, C (t, b, n); A (n, c); state (b, n, c); starts (t, b) bool, or None.
+    """
 
     @staticmethod
     def forward(ctx, x, delta, B, C, A, state, starts):
         length, room = _room(2, x, state)
-        y = torch.empty_like(x)
-        boundaries = []
+        y, boundaries = torch.empty_like(x), []
         for x_k, delta_k, B_k, C_k, y_k, starts_k in _chunks(length, x, delta, B, C, y, starts):
             boundaries.append(state)
-            _, states = _states(room, x_k, delta_k, B_k, A, state, starts_k)
-            y_k.copy_((C_k[:, :, None] @ states[1:]).squeeze(2))
+            _, states = _states(room, delta_k * x_k, delta_k, B_k, A, state, starts_k)
+            torch.matmul(C_k[:, :, None], states[1:], out=y_k[:, :, None])
             state = states[-1].clone()
         ctx.save_for_backward(x, delta, B, C, A, starts, *boundaries)
         return y, state
@@ -84,20 +90,21 @@ class _ChunkedScan(torch.autograd.Function):
         grad_A, grads = torch.zeros_like(A), []
         chunks = zip(_chunks(length, x, delta, B, C, grad_y, starts), boundaries, strict=True)
         for (x_k, delta_k, B_k, C_k, grad_y_k, starts_k), state in reversed(list(chunks)):
-            decay, states = _states(room[:2], x_k, delta_k, B_k, A, state, starts_k)
+            u_k = delta_k * x_k
+            decay, states = _states(room[:2], u_k, delta_k, B_k, A, state, starts_k)
             # The gradient at a state: through its own y, then through every later state.
-            adjoint = torch.mul(C_k[..., None], grad_y_k[:, :, None], out=room[2, : len(x_k)])
+            adjoint = torch.mul(C_k[..., None], grad_y_k[:, :, None], out=room[2, : len(u_k)])
             linear_scan_(decay[1:], adjoint, grad_state, reverse=True)
             grad_state = decay[0] * adjoint[0]
 
-            grad_C = (states[1:] @ grad_y_k[..., None]).squeeze(-1)
-            grad_B = (adjoint @ (delta_k * x_k)[..., None]).squeeze(-1)
-            grad_input = (B_k[:, :, None] @ adjoint).squeeze(2)  # of delta x
+            grad_u = (B_k[:, :, None] @ adjoint).squeeze(2)
+            grad_B = (adjoint @ u_k[..., None]).squeeze(3)
+            grad_C = (states[1:] @ grad_y_k[..., None]).squeeze(3)
             grad_exponent = adjoint.mul_(decay[:-1]).mul_(states[:-1])  # of delta A
-            # The states' room is free by now, and so is the exponent's one line below.
-            grad_delta = grad_input * x_k + torch.mul(grad_exponent, A, out=states[1:]).sum(2)
-            grad_A += grad_exponent.mul_(delta_k[:, :, None]).sum((0, 1))
-            grads.append((grad_input * delta_k, grad_delta, grad_B, grad_C))
+            # Decays and states are used up: their room takes the products.
+            grad_delta = grad_u * x_k + torch.mul(grad_exponent, A, out=states[1:]).sum(2)
+            grad_A += torch.mul(grad_exponent, delta_k[:, :, None], out=states[1:]).sum((0, 1))
+            grads.append((grad_u * delta_k, grad_delta, grad_B, grad_C))
         grads = (torch.cat(pieces) for pieces in zip(*reversed(grads), strict=True))
         return *grads, grad_A, grad_state, None
 
@@ -114,18 +121,18 @@ def _chunks(length: int, *tensors: Tensor | None) -> list[tuple]:
 
 
 def _states(
-    room: Tensor, x: Tensor, delta: Tensor, B: Tensor, A: Tensor, state: Tensor, starts: Tensor | None
+    room: Tensor, u: Tensor, delta: Tensor, B: Tensor, A: Tensor, state: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A chunk's decay and states, (k+1, b, n, c) both: states[i+1] = decay[i] states[i] + input, states[0] = state.
 
     The last decay is one: it leads out of the chunk.
     """
-    decay, states = room[:, : len(x) + 1]
+    decay, states = room[:, : len(u) + 1]
     torch.mul(delta[:, :, None], A, out=decay[:-1]).exp_()
     if starts is not None:
         decay[:-1].masked_fill_(starts[:, :, None, None], 0)
     decay[-1] = 1
-    torch.mul((delta * x)[:, :, None], B[..., None], out=states[1:])
+    torch.mul(u[:, :, None], B[..., None], out=states[1:])
     states[0] = state
     linear_scan_(decay[:-1], states[1:], state)
     return decay, states
