@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 from .naive import skip_and_gate, step_length
 
 BLOCK = 16  # steps
-# Sizes in numbers a tensor, found by timing with nothing else running: a chunk stays in a CPU's cache; a step as wide as
-# this keeps the processor busy by itself, where blocks would only repeat its arithmetic.
+# Sizes in numbers a tensor, found by timing with nothing else running: a chunk stays in a CPU's cache; a step wider
+# than this keeps the processor busy by itself, where blocks would only repeat its arithmetic.
 CHUNK_SIZE = 2**20
 WIDE_STEP = 2**13
 
