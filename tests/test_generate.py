@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 import minijamba as mj
 from minijamba.cache import MambaState
-from minijamba.generate import generate, sample
+from minijamba.generate import _penalise, generate, sample
 from minijamba.testing import assert_rejects
 
 
@@ -176,13 +177,10 @@ def test_sampling_follows_the_probabilities():
 
 
 def test_repetition_penalty_equals_transformers():
-    transformers = pytest.importorskip("transformers")
-    from minijamba.generate import _penalise
-
     logits = torch.randn(2, 11, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([[3, 3, 5], [0, 1, 10]])
     seen = torch.zeros(2, 11, dtype=torch.bool).scatter(1, tokens, True)
-    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(tokens, logits.clone())
+    theirs = RepetitionPenaltyLogitsProcessor(1.3)(tokens, logits.clone())
     assert torch.equal(_penalise(logits, seen, 1.3), theirs)
     assert not torch.equal(torch.where(seen, logits / 1.3, logits), theirs), "negative logits must fall, too"
 
