@@ -22,7 +22,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, *,
     Returns: y (b, t, h, p).
     Source:  Vaswani et al., 2017; Ainslie et al., 2023, for the groups; Jamba, section 6.5, for no positions.
     """
-    return choose("attention", rung, _RUNGS, q.device)(q, k, v, visible)
+    # On a GPU, scaled_dot_product_attention is itself a flash kernel: one call serves both upper rungs.
+    rungs = _RUNGS | {"fused": _parallel} if q.is_cuda else _RUNGS
+    return choose("attention", rung, rungs, q.device)(q, k, v, visible)
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
@@ -51,8 +53,7 @@ def _causal(q: Tensor, k: Tensor) -> Tensor:
     return torch.ones(steps, keys, dtype=torch.bool, device=q.device).tril(keys - steps)
 
 
-# One call serves both upper rungs: on a GPU, scaled_dot_product_attention is a flash kernel.
-_RUNGS = {"naive": _naive, "parallel": _parallel, "fused": _parallel}
+_RUNGS = {"naive": _naive, "parallel": _parallel}
 
 
 class Attention(nn.Module):
