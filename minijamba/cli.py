@@ -43,7 +43,7 @@ def build_parser():
     verb.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 repeats less (1)")
     verb.add_argument("--seed", type=int, help="the same seed draws the same text")
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
-    verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
+    verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: the config's)")
 
     verb = _verb(verbs, budget, "parameters, bytes and FLOPs of a model, before allocating any")
     verb.add_argument("config", nargs="?", default="jamba-v0.1", help="preset, config.json or its folder (jamba-v0.1)")

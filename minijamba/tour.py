@@ -41,7 +41,7 @@ def tour(seconds=75):
         _plan()
     finally:
         torch.set_num_threads(threads)
-    print("\nNext: minijamba lab opens the notebooks; begin with 00_map.ipynb, the same model from the inside.")
+    print("\nNext: minijamba lab opens the notebooks; begin with 00_map.ipynb, a smaller one from the inside.")
 
 
 def _build():
