@@ -1,5 +1,7 @@
 """Grouped-query attention without positions: the Mamba layers below it already know the order of the tokens."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -22,9 +24,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, *,
     Returns: y (b, t, h, p).
     Source:  Vaswani et al., 2017; Ainslie et al., 2023, for the groups; Jamba, section 6.5, for no positions.
     """
-    # On a GPU, scaled_dot_product_attention is itself a flash kernel: one call serves both upper rungs.
-    rungs = _RUNGS | {"fused": _parallel} if q.is_cuda else _RUNGS
-    return choose("attention", rung, rungs, q.device)(q, k, v, visible)
+    return choose("attention", rung, rungs(q.device), q.device)(q, k, v, visible)
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
@@ -53,7 +53,11 @@ def _causal(q: Tensor, k: Tensor) -> Tensor:
     return torch.ones(steps, keys, dtype=torch.bool, device=q.device).tril(keys - steps)
 
 
-_RUNGS = {"naive": _naive, "parallel": _parallel}
+def rungs(device: torch.device) -> dict[str, Callable]:
+    """The implementations that run on tensors of this device, slowest first."""
+    implementations = {"naive": _naive, "parallel": _parallel}
+    # On a GPU, scaled_dot_product_attention is itself a flash kernel: one call serves both upper rungs.
+    return implementations | {"fused": _parallel} if device.type == "cuda" else implementations
 
 
 class Attention(nn.Module):

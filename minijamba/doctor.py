@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from .rungs import fastest, why_no_kernels
+
 COMPONENTS = ("scan", "conv", "attention", "moe")
 REMEDIES = {
     "torch numpy einops safetensors tokenizers huggingface_hub tqdm matplotlib jupyterlab psutil": "pip install -e .",
@@ -65,7 +67,11 @@ def _without_cuda():
 
 
 def _rungs():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for component in COMPONENTS:
-        *slower, fastest = import_module(f".{component}", __package__)._RUNGS
-        yield _row(component, f"{fastest} (by name also: {', '.join(slower)})")
+        rungs = import_module(f".{component}", __package__).rungs(device)
+        best = fastest(rungs, device)
+        yield _row(component, f"{best} (by name also: {', '.join(rung for rung in rungs if rung != best)})")
+    if reason := why_no_kernels(device):
+        yield _row("kernels", f"absent: {reason}")
     yield _row("decoding", "two caches: keys and values, and the Mamba state")

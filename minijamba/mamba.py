@@ -1,6 +1,7 @@
 """The Mamba mixer with Jamba's inner norms: convolution, selective scan, gate. Full form and one-token step."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 
 from .cache import Layout, MambaState
 from .config import JambaConfig
-from .conv import causal_conv
+from .conv import causal_conv, causal_conv_step
 from .norm import RMSNorm
+from .rungs import choose, why_no_kernels
 from .scan import selective_scan, selective_step
 
 
@@ -33,7 +35,6 @@ class Mamba(nn.Module):
         super().__init__()
         width, inner = config.hidden_size, config.d_inner
         rank, states = config.mamba_dt_rank, config.mamba_d_state
-        self.sizes = (rank, states, states)
         self.in_proj = nn.Linear(width, 2 * inner, bias=config.mamba_proj_bias)
         self.conv1d = nn.Conv1d(inner, inner, config.mamba_d_conv, groups=inner, bias=config.mamba_conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
@@ -83,22 +84,17 @@ class Mamba(nn.Module):
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What makes the scan selective: x (b, t, c) -> delta (b, t, c) before bias and softplus, B and C (b, t, n)."""
-        delta, B, C = self.x_proj(x).split(self.sizes, dim=-1)
-        delta = F.linear(self.dt_layernorm(delta), self.dt_proj.weight)
-        return delta, self.b_layernorm(B), self.c_layernorm(C)
+        norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
+        norm = choose("scan", "auto", _rungs(x.device, _norms, _fused_norms), x.device)
+        delta, B, C = norm(self.x_proj(x), norms)
+        return F.linear(delta, self.dt_proj.weight), B, C
 
     def step(self, x: Tensor, cache: MambaState) -> Tensor:
         """One token: x (b, 1, d) -> (b, 1, d). Window and state are updated in place; no gradients."""
         x, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)
-        window = torch.cat([cache.window, x[:, None]], dim=1)
-        cache.window.copy_(window[:, 1:])
-        x = torch.einsum("b w c, c w -> b c", window, self.conv1d.weight[:, 0])
-        x = F.silu(x if self.conv1d.bias is None else x + self.conv1d.bias)
-        delta, B, C = self.select(x)
-        y = selective_step(
-            cache.state, x, delta, self.A, B, C, self.D, z, delta_bias=self.dt_proj.bias, delta_softplus=True
-        )
-        return self.out_proj(y)[:, None]
+        x = causal_conv_step(cache.window, x, self.conv1d.weight[:, 0], self.conv1d.bias)
+        select_and_step = choose("scan", "auto", _rungs(x.device, _select_and_step, _fused_select_and_step), x.device)
+        return self.out_proj(select_and_step(self, x, z, cache.state))[:, None]
 
     def _apply(self, fn, recurse=True):
         kept = [(self, "A_log"), (self.dt_proj, "bias")]
@@ -109,6 +105,42 @@ class Mamba(nn.Module):
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = original.to(parameter.device, torch.float32)
         return self
+
+
+def _rungs(device: torch.device, plain: Callable, fused: Callable) -> dict[str, Callable]:
+    rungs = {"naive": plain, "parallel": plain}
+    return rungs if why_no_kernels(device) else rungs | {"fused": fused}
+
+
+def _norms(x: Tensor, norms: tuple[RMSNorm, ...]) -> list[Tensor]:
+    """Neighbouring parts of the last axis, each through its own norm."""
+    parts = x.split([len(norm.weight) for norm in norms], dim=-1)
+    return [norm(part) for norm, part in zip(norms, parts, strict=True)]
+
+
+def _fused_norms(x: Tensor, norms: tuple[RMSNorm, ...]) -> list[Tensor]:
+    from .fused_norm import rms_norms
+
+    return rms_norms(x, [norm.weight for norm in norms], norms[0].eps)
+
+
+def _select_and_step(mamba: Mamba, x: Tensor, z: Tensor, state: Tensor) -> Tensor:
+    """From the convolution's output to the gate's, all (b, c); the state is updated in place."""
+    delta, B, C = mamba.select(x)
+    return selective_step(
+        state, x, delta, mamba.A, B, C, mamba.D, z, delta_bias=mamba.dt_proj.bias, delta_softplus=True
+    )
+
+
+def _fused_select_and_step(mamba: Mamba, x: Tensor, z: Tensor, state: Tensor) -> Tensor:
+    """The same in two launches: x_proj, then all the rest."""
+    from .scan.fused_step import select_and_step
+
+    norms = (mamba.dt_layernorm, mamba.b_layernorm, mamba.c_layernorm)
+    return select_and_step(
+        state, x, z, mamba.x_proj(x), [norm.weight for norm in norms], norms[0].eps,
+        mamba.dt_proj.weight, mamba.dt_proj.bias, mamba.A_log, mamba.D,
+    )  # fmt: skip
 
 
 def _continue(cache: MambaState | None, layout: Layout) -> tuple[Tensor | None, Tensor | None]:

@@ -4,15 +4,17 @@ Every component exists as functions of one signature: "naive" (the definition), 
 there is a kernel for this device, "fused" (the hardware).
 """
 
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
-_default: ContextVar[str] = ContextVar("rung", default="auto")
+_default = "auto"
 _told: set[str] = set()
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @contextmanager
@@ -22,26 +24,53 @@ def use_rung(rung: str) -> Iterator[None]:
     >>> with use_rung("naive"):
     ...     logits = model(tokens)
     """
-    token = _default.set(rung)
+    global _default
+    before, _default = _default, rung
     try:
         yield
     finally:
-        _default.reset(token)
+        _default = before
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """What keeps Triton's kernels from running on tensors of this device, with the remedy; None when they run."""
+    if not _TRITON:
+        return "Triton is not installed: pip install triton, on Linux with an NVIDIA GPU"
+    if device.type != "cuda" and not interpreted():
+        return (
+            f"kernels need tensors on a GPU and these are on {device}: move them there, or start Python with "
+            f"TRITON_INTERPRET=1 to run kernels on a CPU, slowly"
+        )
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, operation by operation in numpy."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose(component: str, rung: str, implementations: dict[str, Callable], device: torch.device) -> Callable:
     """The implementation to run, from a dictionary ordered slowest first.
 
-    "auto" takes the block's rung (`use_rung`), or else the fastest; on a GPU it says once when that is not a kernel.
+    "auto" takes the block's rung (`use_rung`), or else the fastest, where a kernel counts only on a GPU; there it says
+    once when no kernel runs, and why.
     Raises: ValueError if the named rung does not exist here.
     """
     if rung == "auto":
-        rung = _default.get()
+        rung = _default
     if rung == "auto":
-        rung = list(implementations)[-1]
+        rung = fastest(implementations, device)
         if device.type == "cuda" and rung != "fused" and component not in _told:
             _told.add(component)
-            warnings.warn(f"{component}: no fused kernel is available here, the {rung} rung runs", stacklevel=3)
+            reason = why_no_kernels(device) or "there is no kernel for this case"
+            warnings.warn(f"{component}: the {rung} rung runs instead of a fused kernel; {reason}", stacklevel=3)
     if rung not in implementations:
-        raise ValueError(f"{component} has no rung {rung!r} here; choose 'auto' or one of {list(implementations)}")
+        reason = why_no_kernels(device) if rung == "fused" else None
+        choices = f"choose 'auto' or one of {list(implementations)}"
+        raise ValueError(f"{component} has no rung {rung!r} here; {f'{reason}; or ' if reason else ''}{choices}")
     return implementations[rung]
+
+
+def fastest(implementations: dict[str, Callable], device: torch.device) -> str:
+    """The rung that "auto" takes. In the interpreter a kernel is the slowest of all: it has to be asked for."""
+    return [rung for rung in implementations if rung != "fused" or device.type == "cuda"][-1]

@@ -1,9 +1,15 @@
 """Shared by all tests: one thread, repeatable property tests, and tiny models with a long memory."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
+
+# Without a GPU, kernels run in Triton's interpreter, which has to be known before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 from torch import Tensor, nn
 

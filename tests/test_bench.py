@@ -1,126 +1,352 @@
 import argparse
 import json
+import os
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
-from tqdm import tqdm
 
 from minijamba import bench
-from minijamba.scan import selective_scan
+from minijamba.bench import measure, mixer, records, scan
+from minijamba.bench.measure import Run, Setting, Side
 from minijamba.testing import assert_matches, assert_rejects
 
 CPU = torch.device("cpu")
-SIZES = {"batch": 2, "channels": 8, "states": 4}
-TINY = "scan --device cpu --lengths 16 32 --backward 16 --memory --batch 2 --channels 8 --states 4 --repeats 2"
-PEERS = ["mambapy", "transformers", "transformers, mambapy"]
+SIZES = {
+    "scan": {"channels": 8, "states": 4},
+    "conv": {"channels": 8, "width": 3},
+    "mixer": {"hidden": 16, "states": 4, "rank": 3, "width": 4},
+}
+OURS = ["minijamba parallel", "minijamba naive"]
+SIDES = {
+    "scan": [*OURS, "mambapy", "transformers", "transformers, mambapy"],
+    "conv": [*OURS, "torch"],
+    "mixer": [*OURS, "transformers without kernels"],
+}
+CASES = {
+    "scan": {"forward": [(2, 16), (1, 32)], "forward + backward": [(2, 16)]},
+    "conv": {"forward": [(2, 16)], "forward in a row": [(2, 16)], "forward + backward": [(1, 2)]},
+    "mixer": {"forward": [(2, 9)], "decode step": [(3, 2)], "decode step in a row": [(1, 5)]},
+}
 
 
-def measure(words):
+def setting(component):
+    return Setting(CPU, torch.float32, SIZES[component])
+
+
+def sides_of(component, names=None, at=None):
+    at = at or setting(component)
+    sides, left_out = measure.available(bench.COMPONENTS[component], names or SIDES[component], at)
+    assert not left_out
+    return sides
+
+
+def run_of(component, sides=None, repeats=2):
+    return Run(bench.COMPONENTS[component], setting(component), sides or sides_of(component), repeats, {}, {})
+
+
+def measured_by(words):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     return bench.run(parser.parse_args(words))
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    path = tmp_path_factory.mktemp("measurements") / "scan.json"
-    assert measure([*TINY.split(), "--no-compile", "--output", str(path)]) == 0
+@pytest.fixture(scope="module", params=bench.COMPONENTS)
+def measured(request, tmp_path_factory):
+    """The record of a tiny run, asked for as on the command line."""
+    name, path = request.param, tmp_path_factory.mktemp("measurements") / "record.json"
+    words = [name, "--device", "cpu", "--repeats", "2", "--output", str(path), "--sides", *SIDES[name]]
+    for size, value in SIZES[name].items():
+        words += [f"--{size}", str(value)]
+    for kind, cases in CASES[name].items():
+        words += ["--measure", kind, *(f"{batch}x{steps}" for batch, steps in cases)]
+    assert measured_by(words) == 0
     return json.loads(path.read_text())
+
+
+def component_of(measured):
+    return measured["name"].removesuffix("_cpu")
 
 
 def test_the_record_says_how_it_was_made(measured):
     def check(measured):
-        assert measured["name"] == "scan_cpu" and measured["dtype"] == "float32" and measured["repeats"] == 2
+        assert measured["dtype"] == "float32" and measured["repeats"] == 2 and measured["left_out"] == {}
         assert measured["device"] and measured["threads"] == torch.get_num_threads()
         assert measured["versions"]["torch"] == torch.__version__
         assert {"transformers", "mambapy"} <= measured["versions"].keys()
         assert measured["command"].split()[0] == "minijamba" and measured["date"].endswith("UTC")
-        assert "commit" in measured and SIZES.items() <= measured.items()
+        assert "commit" in measured and SIZES[component_of(measured)].items() <= measured.items()
 
     check(measured)
-    assert_rejects(check, measured | {"threads": 0}, measured | {"channels": 9}, measured | {"device": ""})
+    assert_rejects(check, measured | {"threads": 0}, measured | {"states": 9, "width": 9}, measured | {"device": ""})
 
 
 def test_every_side_is_measured_everywhere(measured):
+    name = component_of(measured)
+
     def check(rows):
-        seen = {(row["measure"], row["steps"], row["side"]) for row in rows}
-        sides = [bench.OURS, "minijamba naive", *PEERS]
-        columns = [("forward", 16), ("forward", 32), ("forward + backward", 16)]
-        assert seen == {(*column, side) for column in columns for side in sides} and len(rows) == len(seen)
+        seen = {(row["measure"], row["batch"], row["steps"], row["side"]) for row in rows}
+        columns = [(kind, *case) for kind, cases in CASES[name].items() for case in cases]
+        assert seen == {(*column, side) for column in columns for side in SIDES[name]} and len(rows) == len(seen)
         for row in rows:
-            assert 0 < row["fastest"] <= row["milliseconds"] <= row["slowest"]
+            assert 0 < row["fastest"] <= row["milliseconds"] <= row["slowest"] and "ran" not in row
 
     check(measured["rows"])
     swapped = [row | {"fastest": row.get("slowest"), "slowest": row.get("fastest")} for row in measured["rows"]]
     assert_rejects(check, measured["rows"][1:], measured["rows"] + measured["rows"][:1], swapped)
 
 
-def test_the_table_shows_times_ours():
-    def row(measure, side, **figure):
-        return {"measure": measure, "steps": 16, "side": side, **figure}
+@pytest.mark.parametrize("component", bench.COMPONENTS)
+def test_sides_do_the_same_work(component):
+    """Results and gradients against the definition in float64; float32 rounds some tens of terms."""
 
-    measurement = {
-        "device": "Abacus", "threads": 2, "dtype": "float32", **SIZES,
-        "rows": [
-            row("forward", bench.OURS, milliseconds=2.0),
-            row("forward", "peer", milliseconds=9.0),
-            row("peak memory", bench.OURS, bytes=2**20),
-            row("peak memory", "peer", bytes=2**24),
-        ],
-    }  # fmt: skip
+    def check(sides):
+        rows = list(measure.errors(measure.forward_backward, run_of(component, sides), 2, 20))
+        names = ["y", *(f"the gradient of {name}" for name in run_of(component, sides).arguments(1, 1))]
+        assert [row["measure"] for row in rows] == [f"error of {name}" for name in names] * len(sides)
+        for row in rows:
+            assert 0 < row["error"] < 2e-6, row
 
-    def check(measurement):
-        lines = bench.table(measurement).splitlines()
-        assert "Abacus" in lines[0] and lines[2].split() == ["forward", "16", "peak", "memory", "16"]
-        assert lines[4].split() == ["peer", "9.0", "(4.5x)", "16.0", "(16.0x)"]
-
-    check(measurement)
-    assert_rejects(check, measurement | {"rows": [r | {"milliseconds": 1.0} for r in measurement["rows"][:2]]})
+    sides = sides_of(component)
+    check(sides)
+    assert_rejects(check, [Side("wrong", lambda x, *rest: sides[0].run(1.001 * x, *rest))])
 
 
-def test_sides_do_the_same_work():
-    arguments = bench._arguments(CPU, 20, **SIZES)
-    *parameters, delta_bias = [argument.double() for argument in arguments]
-    expected = selective_scan(*parameters, delta_bias=delta_bias, delta_softplus=True, rung="naive")
+def test_the_mixers_hold_equal_numbers_in_every_dtype():
+    def check(weights):
+        for weight in weights:
+            assert torch.equal(weight, weight.bfloat16().float())
 
-    def check(side):
-        y = bench._forward(side.scan, bench._layout(side, arguments))
-        assert_matches(y.mT if side.time_last else y, expected, 1e-5, side.name)
+    rounded = Setting(CPU, torch.bfloat16, SIZES["mixer"])
+    check(mixer.mamba(rounded).parameters())
+    assert_rejects(check, mixer.mamba(setting("mixer")).parameters())
+    run = Run(bench.COMPONENTS["mixer"], rounded, sides_of("mixer", [OURS[0], mixer.LOOP], rounded), 1, {}, {})
+    for name, weight in run.sides[1].run.named_parameters():
+        assert torch.equal(weight.float(), mixer.mamba(rounded).get_parameter(name))
+    assert [row["side"] for row in measure.times(measure.decode, measure.alone, run, 2, 7)] == [OURS[0], mixer.LOOP]
 
-    sides = bench._available_sides(CPU, compiled=False)
-    assert [side.name for side in sides] == [bench.OURS, "minijamba naive", *PEERS]
-    for side in sides:
-        check(side)
-    assert_rejects(check, bench.Side("without z", lambda *a: sides[0].scan(*a[:6], torch.ones_like(a[6]), a[7])))
+
+def test_decoding_continues_the_prompt():
+    def check(forget):
+        for side in sides_of("mixer"):
+            x = run_of("mixer").arguments(2, 6)["x"]
+            whole = side.run(torch.cat([x, x[:, :1]], dim=1))[:, -1:]
+            step = measure.decode(side, [x[:, 2:] if forget else x])
+            assert_matches(step()[0], whole, 1e-5, side.name)
+
+    check(forget=False)
+    assert_rejects(check, True)
 
 
 def test_a_side_that_computes_something_else_is_no_side(tmp_path):
-    def halved(*arguments):
-        return 0.5 * bench._ours("naive", *arguments)
+    (good,) = sides_of("scan", OURS[:1])
+    halved = Side("wrong", lambda *arguments: 0.5 * good.run(*arguments))
 
-    good, wrong = bench.Side("good", bench._ours.__get__("naive")), bench.Side("wrong", halved)
+    def gradient_halved(x, *rest):
+        return good.run(0.5 * x + 0.5 * x.detach(), *rest)
+
+    def gradient_nan(x, delta, A, B, C, D, *rest):
+        return good.run(x, delta, A, B, C, torch.where(D == 1, D, (D - 1).sqrt()), *rest)
+
+    work = measure.forward_backward
+    wrong = [(halved, "5.0e-01"), (Side("wrong", gradient_halved), "5.0e-01"), (Side("wrong", gradient_nan), "nan")]
+    for side, error in wrong:
+        with pytest.raises(RuntimeError, match=rf"wrong differs from minijamba parallel by {error}"):
+            measure.ready(run_of("scan", [good, side]), work, list(run_of("scan").arguments(1, 16).values()))
     with (
-        patch.object(bench, "_available_sides", lambda *_: [good, wrong]),
-        pytest.raises(RuntimeError, match=r"wrong differs from good by 5.0e-01"),
+        patch.object(bench, "available", lambda *_: ([good, halved], {})),
+        pytest.raises(RuntimeError, match="the times would mean nothing"),
     ):
-        bench.bench_scan("cpu", [16], [], [], channels=8, output=tmp_path / "scan.json")
+        bench.bench("scan", "cpu", measure={"forward": [(1, 16)]}, output=tmp_path / "scan.json")
     assert not list(tmp_path.iterdir())
 
 
-def test_peers_that_are_not_installed_are_left_out(capsys):
-    with patch.dict("sys.modules", {"mambapy": None, "mambapy.mamba": None}):
-        names = [side.name for side in bench._available_sides(CPU, compiled=False)]
-    assert names == [bench.OURS, "minijamba naive", "transformers"]
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("mambapy is left out: ")
+def test_peers_that_are_not_installed_are_left_out_and_the_record_says_so(tmp_path, capsys):
+    names = ["minijamba parallel", "minijamba fused", "mambapy", "mamba-ssm"]
+    missing = dict.fromkeys(["mambapy", "mambapy.mamba", "mamba_ssm"])
+    with (
+        patch.dict("sys.modules", missing),
+        patch.object(scan, "why_no_kernels", lambda device: f"no kernels on a {device}"),
+    ):
+        path = bench.bench(
+            "scan", "cpu", sides=names, measure={"forward": [(1, 4)]}, repeats=1, output=tmp_path / "a", **SIZES["scan"]
+        )
+    measured = json.loads(path.read_text())
+    assert {row["side"] for row in measured["rows"]} == {"minijamba parallel"}
+    assert measured["left_out"].keys() == set(names[1:])
+    assert measured["left_out"]["minijamba fused"] == "no kernels on a cpu"
+    assert "left out: minijamba fused: no kernels on a cpu" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("scan --device cpu --sides nobody", "no side 'nobody'"),
+        ("scan --device cpu --measure forwards 1x2", "no measure 'forwards'"),
+        ("scan --device cpu --measure forward 2048", "'2048' is no case"),
+        ("conv --device cpu --measure decode 1x2", "no measure 'decode'"),
+        ("mixer --device meta", "no device 'meta'"),
+    ],
+)
+def test_what_does_not_exist_is_refused(words, reason):
+    with pytest.raises(ValueError, match=reason):
+        measured_by(words.split())
+
+
+def test_every_plan_can_be_asked_for():
+    for component in bench.COMPONENTS.values():
+        for plan in component.plans.values():
+            assert set(plan.sides) <= component.sides.keys() and plan.cases.keys() <= set(component.measures)
+    assert "decode step" not in bench.COMPONENTS["scan"].measures
+    assert "floor of forward" not in bench.COMPONENTS["mixer"].measures
+
+
+# A peer's kernels must run where the name says so, and nowhere else.
+
+KERNELS = {
+    "mamba_ssm/__init__.py": "",
+    "mamba_ssm/ops/__init__.py": "",
+    "mamba_ssm/ops/selective_scan_interface.py": """
+from minijamba import scan
+def selective_scan_fn(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+    return scan.selective_scan_fn(u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+""",
+    "mamba_ssm/ops/triton/__init__.py": "",
+    "mamba_ssm/ops/triton/selective_state_update.py": """
+from minijamba import scan
+def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
+    return scan.selective_step(state, x, dt, A, B, C, D, z, delta_bias=dt_bias, delta_softplus=dt_softplus)
+""",
+    "causal_conv1d/__init__.py": """
+import torch, minijamba.conv
+def causal_conv1d_fn(x, weight, bias=None, activation=None):
+    return minijamba.conv.causal_conv(x.mT, weight, bias).mT
+def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None):
+    window = torch.cat([conv_state, x], dim=2)
+    conv_state.copy_(window[:, :, 1:])
+    return causal_conv1d_fn(window, weight, bias)[:, :, -1:]
+""",
+}
+
+
+def test_transformers_takes_the_kernels_and_the_record_shows_it(tmp_path):
+    """With stand-ins for both packages, in a process of its own: transformers chooses when it is imported."""
+    for name, code in KERNELS.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(code)
+    path = tmp_path / "record.json"
+    code = f"""
+from pathlib import Path
+from minijamba.bench import bench
+cases = {{"forward": [(2, 9)], "decode step": [(2, 3)]}}
+for peer in {mixer.KERNELS!r}, {mixer.LOOP!r}:
+    bench(
+        "mixer", "cpu", sides=[{OURS[0]!r}, peer], measure=cases, repeats=1, output=Path({str(path)!r}),
+        **{SIZES["mixer"]},
+    )
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    found = f"{mixer.LOOP} should run functions of no peer's package and ran those of causal_conv1d, mamba_ssm"
+    assert found in done.stderr, done.stderr
+    ran = {(row["side"], row["measure"]): row.get("ran") for row in json.loads(path.read_text())["rows"]}
+    prefill = ["causal_conv1d.causal_conv1d_fn", "mamba_ssm.selective_scan_fn"]
+    step = ["causal_conv1d.causal_conv1d_update", "mamba_ssm.selective_state_update"]
+    assert ran == {
+        (OURS[0], "forward"): None,
+        (OURS[0], "decode step"): None,
+        (mixer.KERNELS, "forward"): prefill,
+        (mixer.KERNELS, "decode step"): sorted(prefill + step),
+    }
+
+
+def test_a_side_must_run_the_package_that_it_names():
+    (own,) = sides_of("scan", OURS[:1])
+    scope = {"__name__": "mamba_ssm.ops", "own": own}
+    exec("def selective_scan_fn(*arguments):\n    return own.run(*arguments)", scope)
+    arguments = list(run_of("scan").arguments(1, 3).values())
+
+    def check(side):
+        with patch.dict("sys.modules", mamba_ssm=sys):
+            return measure._first_call(side, measure.forward, arguments)[2]
+
+    peer = Side("peer", scope["selective_scan_fn"], packages=frozenset({"mamba_ssm"}))
+    assert check(peer) == ["mamba_ssm.selective_scan_fn"] and check(own) == []
+    assert sys.getprofile() is None
+    for wrong in Side("peer", own.run, packages=peer.packages), Side("ours", peer.run):
+        with pytest.raises(RuntimeError, match="should run functions of"):
+            check(wrong)
+
+
+# What needs a GPU, as far as it can be seen without.
+
+
+def test_floors_are_amounts_over_rates():
+    """At the widths and lengths of Jamba, on an H200: 4.0 ms for the bytes and 8.2 ms for the exponentials."""
+    wide = Setting(CPU, torch.bfloat16, {"channels": 8192, "states": 16})
+    rates = {"bytes_per_second": 4.3e12, "exponentials_per_second": 132 * 16 * 1.98e9}
+
+    def check(rates):
+        run = Run(bench.COMPONENTS["scan"], wide, [], 1, rates, {})
+        floors = {row["side"]: row["milliseconds"] for row in measure.floors(run, 1, 262144)}
+        assert floors == {"floor of bytes": pytest.approx(4.0, 0.01), "floor of exponentials": pytest.approx(8.2, 0.01)}
+
+    check(rates)
+    assert_rejects(check, rates | {"bytes_per_second": 2e12}, {"bytes_per_second": 4.3e12})
+
+
+def test_the_card_is_asked_for_its_rates(tmp_path, capsys):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 1755\necho 1980\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    properties = SimpleNamespace(multi_processor_count=132)
+    with (
+        patch("torch.cuda.get_device_properties", lambda device: properties),
+        patch.dict(os.environ, {"PATH": f"{tmp_path}:{os.environ['PATH']}"}),
+    ):
+        card = measure.card(CPU, numbers=1000)
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+        assert measure.card(CPU, numbers=1000).keys() == {"bytes_per_second", "multiprocessors"}
+    assert card["exponentials_per_second"] == 132 * 16 * 1.98e9 and card["bytes_per_second"] > 0
+    assert "floor of exponentials is left out" in capsys.readouterr().out
+
+
+def test_calls_in_a_row_go_round_the_sets_of_arguments():
+    """Sets of arguments are made until they fill the cache's bytes."""
+    counts, run = [0, 0, 0], run_of("scan", sides_of("scan", OURS[:1]))
+
+    def count(i):
+        counts[i] += 1
+
+    seconds = measure.in_a_row([partial(count, i) for i in range(3)], CPU)
+    assert counts == [7, 7, 6] and seconds > 0
+    size = sum(argument.nbytes for argument in run.arguments(1, 4).values())
+    sets = []
+    with (
+        patch.object(measure, "_flush_bytes", lambda device: 5 * size),
+        patch.object(measure, "in_a_row", lambda calls, device: sets.append(len(calls)) or 1.0),
+    ):
+        list(measure.times(measure.forward, measure.in_a_row, run, 1, 4))
+    assert sets == [6, 6]
+
+
+def test_a_step_that_cannot_be_captured_is_left_out_with_the_reason():
+    run = run_of("mixer", sides_of("mixer", OURS[:1]))
+    assert list(measure.MEASURES["decode step in a CUDA graph"](run, 1, 3)) == []
+    assert run.left_out == {"minijamba parallel, decode_in_graph": "CUDA graphs need a GPU"}
+
+
+# Memory.
 
 
 def test_memory_is_the_highest_above_the_start():
     """A block of 64 MiB, written and freed again; blocks of that size go back to the system at once."""
 
     def check(numbers):
-        with bench._PeakOfProcess() as peak:
+        with measure.PeakOfProcess() as peak:
             torch.ones(numbers).add_(1).sum()
         assert 0.8 * 2**26 < peak.bytes < 1.5 * 2**26
 
@@ -130,10 +356,50 @@ def test_memory_is_the_highest_above_the_start():
 
 def test_memory_is_measured_in_a_process_of_its_own():
     """The naive scan keeps y of each step until the end: more than 2048 x 64 numbers of 4 bytes, twice."""
-    (side,) = (side for side in bench._available_sides(CPU, compiled=False) if side.name == "minijamba naive")
-    with tqdm(disable=True) as progress:
-        peaks = bench._peaks([side], CPU, 2048, {"batch": 1, "channels": 64, "states": 2}, progress)
-    assert peaks.keys() == {side.name} and 2**20 < peaks[side.name]["bytes"] < 2**27
+    run = Run(bench.COMPONENTS["scan"], Setting(CPU, torch.float32, {"channels": 64, "states": 2}), [], 1, {}, {})
+    run.sides.append(sides_of("scan", ["minijamba naive"])[0])
+    (peak,) = measure.MEASURES["peak memory"](run, 1, 2048)
+    assert peak["side"] == "minijamba naive" and 2**20 < peak["bytes"] < 2**27
+
+
+# The record and its table.
+
+
+def test_the_table_shows_times_the_first_side():
+    def row(side, **figure):
+        return {"measure": "forward", "batch": 1, "steps": 16, "side": side, **figure}
+
+    measurement = {
+        "name": "conv_cuda", "device": "Abacus", "threads": 2, "dtype": "bfloat16", "channels": 8, "width": 4,
+        "left_out": {"nobody": "was not there"},
+        "rows": [
+            row("ours", milliseconds=2.0),
+            row("peer", milliseconds=9.0),
+            row("ours", bytes=2**20) | {"measure": "peak memory"},
+            row("peer", bytes=2**24) | {"measure": "peak memory"},
+            row("ours", error=1e-3) | {"measure": "error of y"},
+        ],
+    }  # fmt: skip
+
+    def check(measurement):
+        title, _, head, *lines = bench.table(measurement).splitlines()
+        assert title == "causal convolution on Abacus, 2 threads, bfloat16, channels 8, width 4"
+        assert head.split() == ["ours", "peer"] and lines == [
+            "forward in ms, 1 x 16                  2.000      9.000 (4.5x)",
+            "peak memory in MiB, 1 x 16               1.0      16.0 (16.0x)",
+            "error of y, 1 x 16                   1.0e-03                 -",
+            "left out: nobody: was not there",
+        ]
+
+    check(measurement)
+    assert_rejects(check, measurement | {"rows": [r | {"milliseconds": 1.0} for r in measurement["rows"]]})
+
+
+def test_the_records_in_the_repository_can_be_shown():
+    for path in (records.REPOSITORY / "data" / "measurements").glob("*.json"):
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        shown = bench.table(measured)
+        assert measured["device"] in shown and all(row["side"] in shown for row in measured["rows"])
 
 
 def test_record_is_written_whole(tmp_path):
@@ -150,7 +416,9 @@ def test_record_is_written_whole(tmp_path):
 
 def test_without_a_repository_the_record_goes_to_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "REPOSITORY", tmp_path / "site-packages")
+    monkeypatch.setattr(records, "REPOSITORY", tmp_path / "site-packages")
     path = bench.record("figures", [], device=CPU)
     assert path.resolve() == tmp_path / "data" / "measurements" / "figures.json" and path.is_file()
     assert json.loads(path.read_text())["commit"] is None
+    bench.record("figures", [], device=CPU, commit="abc")
+    assert json.loads(path.read_text())["commit"] == "abc"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minijamba.conv import causal_conv
+from minijamba.conv import causal_conv, causal_conv_step
 from minijamba.testing import assert_matches, assert_rejects
 
 # float64, at most four products a value.
@@ -89,6 +89,24 @@ def test_every_split_carries_the_window(rung, width):
     check(lambda state: state)
     if width > 1:
         assert_rejects(check, lambda state: None, lambda state: state.roll(1, dims=2))
+
+
+@widths
+@pytest.mark.parametrize("bias", [True, False])
+def test_steps_equal_the_whole(rung, width, bias):
+    x, weight, bias = inputs(width, bias=bias)
+    whole, last = causal_conv(x, weight, bias, return_state=True, rung=rung)
+
+    def check(carry):
+        window, tokens = torch.zeros(2, width - 1, CHANNELS).double(), []
+        for token in x.unbind(1):
+            tokens.append(causal_conv_step(carry(window), token, weight, bias, rung=rung))
+        assert_matches(torch.stack(tokens, dim=1), whole, FLOAT64, "steps")
+        assert_matches(window, last, 0, "window")
+
+    check(lambda window: window)
+    if width > 1:
+        assert_rejects(check, torch.clone, torch.Tensor.zero_)
 
 
 @widths
@@ -217,6 +235,9 @@ def test_bad_shapes_are_named(rung):
     }.items():
         with pytest.raises(ValueError, match=match):
             causal_conv(*arguments, rung=rung)
+    for window, token in (x[:, :4], x[:, 0]), (x[:, :3, :2], x[:, 0, :2]):
+        with pytest.raises(ValueError, match=r"window must be \(2, 3, [23]\) beside x"):
+            causal_conv_step(window, token, weight, rung=rung)
     with pytest.raises(ValueError, match=r"state must be \(2, 3, 3\)"):
         causal_conv(x, weight, bias, state=x[:, :4], rung=rung)
     with pytest.raises(ValueError, match=r"segments must be \(2, 9\)"):

@@ -11,7 +11,7 @@ from minijamba.testing import assert_rejects
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MEASUREMENTS = sorted((ROOT / "data" / "measurements").glob("scan_*.json"))
+MEASUREMENTS = ROOT / "data" / "measurements"
 
 
 def blocks(language):
@@ -37,18 +37,22 @@ def test_ci_runs_the_second_line():
     assert "pytest" in tests and "--nbval " in tests and "skip" not in tests
 
 
-def scan_claim(measurement):
-    """The sentence that a recorded scan measurement allows."""
-    figures = {}
+def figures(measurement):
+    """(measure, batch, steps) -> side -> milliseconds or bytes."""
+    found = {}
     for row in measurement["rows"]:
-        sides = figures.setdefault((row["measure"], row["steps"]), {})
-        sides[row["side"]] = row["bytes"] if "bytes" in row else row["milliseconds"]
+        case = row["measure"], row.get("batch", measurement.get("batch")), row["steps"]
+        found.setdefault(case, {})[row["side"]] = row.get("milliseconds", row.get("bytes"))
+    return found
 
-    def against_the_best(*measure):
-        ours = figures[measure]["minijamba parallel"]
-        return ours, min(figure for side, figure in figures[measure].items() if "minijamba" not in side) / ours
 
-    (milliseconds, speed), (_, memory) = against_the_best("forward", 2048), against_the_best("peak memory", 8192)
+def claim_about_scan_cpu(measurement):
+    def against_the_best(*case):
+        ours = sides[case]["minijamba parallel"]
+        return ours, min(figure for side, figure in sides[case].items() if "minijamba" not in side) / ours
+
+    sides = figures(measurement)
+    (milliseconds, speed), (_, memory) = against_the_best("forward", 1, 2048), against_the_best("peak memory", 1, 8192)
     return (
         f"{measurement['device']}, {measurement['threads']} threads: a scan over 2048 steps takes "
         f"{milliseconds:.1f} ms, the best of the others {speed:.1f} times that; over 8192 steps they need "
@@ -56,13 +60,83 @@ def scan_claim(measurement):
     )
 
 
+def claim_about_scan_cuda(measurement):
+    ours, times = beside(measurement, "mamba-ssm")
+    return (
+        f"{measurement['device']}: a scan over 262144 steps takes {ours('forward', 1, 262144):.1f} ms, mamba-ssm's "
+        f"kernel {times('forward', 1, 262144)} times that, and {times('forward', 1, 2048)} times over 2048 steps; "
+        f"with gradients over 32768 steps {times('forward + backward', 1, 32768)} times, "
+        f"in {times('peak memory of forward + backward', 1, 32768)} times the memory."
+    )
+
+
+def claim_about_conv_cuda(measurement):
+    ours, times = beside(measurement, "causal-conv1d, channel last")
+    return (
+        f"{measurement['device']}: a convolution over 32768 steps takes {ours('forward', 1, 32768):.2f} ms, "
+        f"causal-conv1d's kernel {times('forward', 1, 32768)} times that; with gradients "
+        f"{times('forward + backward', 1, 32768)} times."
+    )
+
+
+def claim_about_mixer_cuda(measurement):
+    ours, times = beside(measurement, "transformers, mamba-ssm, causal-conv1d")
+    step = "decode step in a row"
+    return (
+        f"{measurement['device']}: a Mamba mixer over 8192 tokens takes {ours('forward', 1, 8192):.1f} ms, "
+        f"transformers' with mamba-ssm and causal-conv1d {times('forward', 1, 8192)} times that; one more token "
+        f"{times(step, 1, 64)} times, in a batch of 64 {times(step, 64, 64)} times."
+    )
+
+
+def beside(measurement, peer):
+    """Our figure of a case, and how many times that the peer's is, as text."""
+    sides = figures(measurement)
+
+    def ours(*case):
+        return sides[case]["minijamba fused"]
+
+    return ours, lambda *case: f"{sides[case][peer] / ours(*case):.1f}"
+
+
+CLAIMS = {
+    "scan_cuda": claim_about_scan_cuda,
+    "conv_cuda": claim_about_conv_cuda,
+    "mixer_cuda": claim_about_mixer_cuda,
+    "scan_cpu": claim_about_scan_cpu,
+}
+
+
 def test_speeds_are_the_measured_ones():
     def check(text):
-        claims = [scan_claim(json.loads(path.read_text(encoding="utf-8"))) for path in MEASUREMENTS]
+        records = {name: MEASUREMENTS / f"{name}.json" for name in CLAIMS}
+        claims = [
+            CLAIMS[name](json.loads(path.read_text(encoding="utf-8")))
+            for name, path in records.items()
+            if path.exists()
+        ]
         assert claims == re.findall(r"^- (.* ms, .*)$", text, flags=re.MULTILINE), claims
 
     check(README)
     assert_rejects(check, README + "- This CPU: a scan takes 1.0 ms, the others 99 times that.\n")
+
+
+def test_a_claim_compares_ours_with_the_peer():
+    def row(measure, batch, steps, side, milliseconds):
+        return {"measure": measure, "batch": batch, "steps": steps, "side": side, "milliseconds": milliseconds}
+
+    cases = [("forward", 1, 32768), ("forward + backward", 1, 32768)]
+    rows = [row(*case, "minijamba fused", 0.5) for case in cases]
+    rows += [row(*case, "causal-conv1d, channel last", 1.2) for case in cases]
+
+    def check(rows):
+        assert claim_about_conv_cuda({"device": "Abacus", "rows": rows}) == (
+            "Abacus: a convolution over 32768 steps takes 0.50 ms, causal-conv1d's kernel 2.4 times that; "
+            "with gradients 2.4 times."
+        )
+
+    check(rows)
+    assert_rejects(check, [{**row, "milliseconds": 1 / row["milliseconds"]} for row in rows])
 
 
 def test_every_notebook_and_module_is_listed():

@@ -15,7 +15,8 @@ WITH_KERNEL = {**LADDER, "fused": "the hardware"}
 def test_auto_takes_the_last_rung_and_a_name_takes_that_one():
     def check(choose):
         assert choose("scan", "auto", LADDER, CPU) == "the algorithm"
-        assert choose("scan", "auto", WITH_KERNEL, CPU) == "the hardware"
+        assert choose("scan", "auto", WITH_KERNEL, GPU) == "the hardware"
+        assert choose("scan", "auto", WITH_KERNEL, CPU) == "the algorithm", "interpreting a kernel is slow"
         assert choose("scan", "naive", WITH_KERNEL, CPU) == "the definition"
 
     def always_the_fastest(component, rung, implementations, device):
@@ -27,7 +28,7 @@ def test_auto_takes_the_last_rung_and_a_name_takes_that_one():
 
 def test_use_rung_holds_inside_its_block_only():
     def chosen(rung="auto"):
-        return choose("scan", rung, WITH_KERNEL, CPU)
+        return choose("scan", rung, WITH_KERNEL, GPU)
 
     with use_rung("naive"):
         assert chosen() == "the definition"
@@ -51,7 +52,8 @@ def test_unknown_rung_names_the_choices():
 
 def test_a_missing_kernel_is_said_once_a_component(monkeypatch):
     monkeypatch.setattr(rungs, "_told", set())
-    with pytest.warns(UserWarning, match="scan: no fused kernel is available here, the parallel rung runs"):
+    monkeypatch.setattr(rungs, "why_no_kernels", lambda device: None)
+    with pytest.warns(UserWarning, match="scan: the parallel rung runs instead of a fused kernel; there is no kernel"):
         choose("scan", "auto", LADDER, GPU)
     with pytest.warns(UserWarning, match="conv"):
         choose("conv", "auto", LADDER, GPU)
@@ -61,3 +63,15 @@ def test_a_missing_kernel_is_said_once_a_component(monkeypatch):
         choose("moe", "auto", LADDER, CPU)
         choose("moe", "auto", WITH_KERNEL, GPU)
         choose("moe", "parallel", LADDER, GPU)
+
+
+def test_a_fused_rung_that_cannot_run_says_what_it_needs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(rungs, "_TRITON", True)
+    with pytest.raises(ValueError, match="tensors on a GPU and these are on cpu: .* TRITON_INTERPRET=1 .*'parallel'"):
+        choose("scan", "fused", LADDER, CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert rungs.why_no_kernels(CPU) is None
+    monkeypatch.setattr(rungs, "_TRITON", False)
+    with pytest.raises(ValueError, match="pip install triton"):
+        choose("scan", "fused", LADDER, GPU)

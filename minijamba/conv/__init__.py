@@ -1,13 +1,14 @@
 """The short causal convolution in front of the scan, channel by channel, with the window carried between calls."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rungs import choose
+from ..rungs import choose, why_no_kernels
 from . import naive, parallel
-
-_RUNGS = {"naive": naive.conv, "parallel": parallel.conv}
+from .naive import with_past
 
 
 def causal_conv(
@@ -40,15 +41,52 @@ def causal_conv(
     Source:  Mamba, section 3.4.
     """
     _check(x, weight, bias, state, segments, lengths)
-    run = choose("conv", rung, _RUNGS, x.device)
     past = weight.shape[1] - 1
-    if state is None:
-        state = x.new_zeros(x.shape[0], past, x.shape[2])
-    window = torch.cat([state.to(x.dtype), x], dim=1)
     documents = None if segments is None else _documents(segments, past)
-    y = run(window, weight, bias, documents)
-    y = F.silu(y) if activation else y
-    return (y, _last_inputs(window, documents, lengths, past)) if return_state else y
+    run = choose("conv", rung, rungs(x.device), x.device)
+    y = run(x, weight, bias, state, documents, activation)
+    return (y, _last_inputs(x, state, documents, lengths, past)) if return_state else y
+
+
+def causal_conv_step(
+    window: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: bool = True,
+    rung: str = "auto",
+) -> Tensor:
+    """One step of `causal_conv`: x (b, c), window (b, w-1, c) as its state; the rest as there. Returns y (b, c).
+
+    The window is updated in place, and so there are no gradients.
+    """
+    wanted = (x.shape[0], weight.shape[1] - 1, x.shape[1])
+    if tuple(window.shape) != wanted or weight.shape[0] != x.shape[1]:
+        at = f"beside x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(f"window must be {wanted} {at}, whose channels must agree; it is {tuple(window.shape)}")
+    run = choose("conv", rung, step_rungs(x.device), x.device)
+    return run(window, x, weight, bias, activation)
+
+
+def rungs(device: torch.device) -> dict[str, Callable]:
+    """The implementations that run on tensors of this device, slowest first."""
+    implementations = {"naive": naive.conv, "parallel": parallel.conv}
+    if why_no_kernels(device) is None:
+        from . import fused
+
+        implementations["fused"] = fused.conv
+    return implementations
+
+
+def step_rungs(device: torch.device) -> dict[str, Callable]:
+    """The same for one step."""
+    implementations = {"naive": naive.step, "parallel": naive.step}
+    if why_no_kernels(device) is None:
+        from . import fused
+
+        implementations["fused"] = fused.step
+    return implementations
 
 
 def _documents(segments: Tensor, past: int) -> Tensor:
@@ -60,17 +98,19 @@ def _documents(segments: Tensor, past: int) -> Tensor:
     return F.pad(changes.long().cumsum(1), (past + 1, 0))
 
 
-def _last_inputs(window: Tensor, documents: Tensor | None, lengths: Tensor | None, past: int) -> Tensor:
+def _last_inputs(
+    x: Tensor, state: Tensor | None, documents: Tensor | None, lengths: Tensor | None, past: int
+) -> Tensor:
     """The w-1 inputs up to each row's last real token; those of an earlier document read as zero."""
-    batch, width, channels = window.shape
+    batch, steps, channels = x.shape
     if lengths is None:
-        lengths = torch.full((batch,), width - past, device=window.device)
-    at = lengths[:, None] + torch.arange(past, device=window.device)
-    last = window.gather(1, at[:, :, None].expand(-1, -1, channels))
-    if documents is None or past == 0:
-        return last
-    seen = documents.gather(1, at)
-    return last * (seen == seen[:, -1:])[:, :, None]
+        last = with_past(x[:, max(steps - past, 0) :], state, past)
+        last, near = last[:, last.shape[1] - past :], None if documents is None else documents[:, steps:]
+    else:
+        at = lengths[:, None] + torch.arange(past, device=x.device)
+        last = with_past(x, state, past).gather(1, at[:, :, None].expand(-1, -1, channels))
+        near = None if documents is None else documents.gather(1, at)
+    return last if documents is None else last.masked_fill((near != near[:, -1:])[:, :, None], 0)
 
 
 def _check(

@@ -5,13 +5,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .naive import with_past
 
-def conv(window: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, documents: Tensor | None, activation: bool
+) -> Tensor:
     """The function of `naive.conv`, same arguments."""
-    if documents is not None:
-        return _packed(window, weight, bias, documents)
-    y = F.conv1d(rearrange(window, "b t c -> b c t"), weight[:, None], bias, groups=weight.shape[0])
-    return rearrange(y, "b c t -> b t c")
+    window = with_past(x, state, weight.shape[1] - 1)
+    if documents is None:
+        y = F.conv1d(rearrange(window, "b t c -> b c t"), weight[:, None], bias, groups=weight.shape[0])
+        y = rearrange(y, "b c t -> b t c")
+    else:
+        y = _packed(window, weight, bias, documents)
+    return F.silu(y) if activation else y
 
 
 def _packed(window: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The mixture of experts: a router picks k of e feed-forwards for every token. No token is ever dropped."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,10 @@ from .router import balance_loss, route
 
 __all__ = ["Experts", "MoE", "balance_loss", "mixture", "route"]
 
-_RUNGS = {"naive": naive.mixture, "parallel": grouped.mixture}
+
+def rungs(device: torch.device) -> dict[str, Callable]:
+    """The implementations that run on tensors of this device, slowest first."""
+    return {"naive": naive.mixture, "parallel": grouped.mixture}
 
 
 def mixture(
@@ -28,7 +33,7 @@ def mixture(
     Returns: y (tokens, d).
     Source:  Jamba, section 2.
     """
-    return choose("moe", rung, _RUNGS, x.device)(x, weights, indices, gate, up, down)
+    return choose("moe", rung, rungs(x.device), x.device)(x, weights, indices, gate, up, down)
 
 
 class Experts(nn.Module):

@@ -1,13 +1,23 @@
 """The selective scan of Mamba: over a sequence, over one token, and under mamba-ssm's name and layout."""
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..rungs import choose
+from ..rungs import choose, why_no_kernels
 from . import naive, parallel
 
-_RUNGS = {"naive": naive.scan, "parallel": parallel.scan}
+
+def rungs(device: torch.device) -> dict[str, Callable]:
+    """The implementations that run on tensors of this device, slowest first."""
+    implementations = {"naive": naive.scan, "parallel": parallel.scan}
+    if why_no_kernels(device) is None:
+        from . import fused
+
+        implementations["fused"] = fused.scan
+    return implementations
 
 
 def selective_scan(
@@ -47,7 +57,8 @@ def selective_scan(
         return_state:     return the last state, too.
         segments: (b, t)  integer numbers of packed documents: the state starts at zero wherever the number changes.
                           The first token always continues `state`.
-        rung: "naive" (loop over time, differentiable twice), "parallel" (in chunks, once), or "auto".
+        rung: "naive" (loop over time, differentiable twice), "parallel" (in chunks, once), "fused" (a Triton kernel,
+            once; on a GPU, or in Triton's interpreter), or "auto".
     Returns: y (b, t, c) in x's dtype, or (y, state) with state (b, c, n) as the argument. Computed in the state's dtype
         throughout. Gradients reach every floating-point argument, through y and through the state.
     Raises: ValueError if t == 0, an axis disagrees, or the state or segments have the wrong dtype.
@@ -56,12 +67,11 @@ def selective_scan(
     _check("b, t, c", x, delta, A, B, C, D, z, delta_bias, state, segments)
     if state is None:
         state = torch.zeros(x.shape[0], *A.shape, dtype=_wide(x), device=x.device)
-    run = choose("scan", rung, _RUNGS, x.device)
+    run = choose("scan", rung, rungs(x.device), x.device)
     y, state = run(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, segments)
     return (y, state) if return_state else y
 
 
-@torch.no_grad()
 def selective_step(
     state: Tensor,
     x: Tensor,
@@ -74,12 +84,29 @@ def selective_step(
     *,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    rung: str = "auto",
 ) -> Tensor:
     """One step of `selective_scan`: x, delta, z (b, c); B, C (b, n); the rest as there. Returns y (b, c).
 
     The state (b, c, n) is updated in place, and so there are no gradients.
     """
     _check("b, c", x, delta, A, B, C, D, z, delta_bias, state)
+    run = choose("scan", rung, step_rungs(x.device), x.device)
+    return run(state, x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def step_rungs(device: torch.device) -> dict[str, Callable]:
+    """The implementations of `selective_step` on this device. One token leaves nothing to do in parallel."""
+    implementations = {"naive": _step, "parallel": _step}
+    if why_no_kernels(device) is None:
+        from . import fused_step
+
+        implementations["fused"] = fused_step.step
+    return implementations
+
+
+@torch.no_grad()
+def _step(state, x, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tensor:
     x, delta, B, C, z = (None if tensor is None else tensor[:, None] for tensor in (x, delta, B, C, z))
     y, new = naive.scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, None)
     state.copy_(new)
@@ -98,7 +125,11 @@ def selective_scan_fn(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`selective_scan` under mamba-ssm's name, argument order and layout.
+    """`selective_scan` under mamba-ssm's name, argument order and layout, which the fused kernels read as it is.
+
+    This lets transformers' Jamba run on them, where `jamba` is its module modeling_jamba:
+
+        jamba.mamba_selective_scan = lambda *a, use_mambapy, use_associative_scan, **k: selective_scan_fn(*a, **k)
 
     Args: u, delta, z (b, c, t); A (c, n), real; B, C (b, n, t) or (b, 1, n, t); D, delta_bias (c,).
     Returns: y (b, c, t), or (y, state) with state (b, c, n), whose gradient is kept.

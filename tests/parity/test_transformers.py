@@ -240,9 +240,14 @@ def renormalised_router(model: mj.Jamba, patch: pytest.MonkeyPatch) -> mj.Jamba:
     return model
 
 
+def selected(self: Mamba, x: Tensor) -> tuple[Tensor, ...]:
+    norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
+    return self.x_proj(x).split([len(norm.weight) for norm in norms], dim=-1)
+
+
 def norm_after_dt_proj(model: mj.Jamba, patch: pytest.MonkeyPatch) -> mj.Jamba:
     def select(self: Mamba, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        delta, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        delta, B, C = selected(self, x)
         delta = F.linear(self.dt_layernorm.weight * delta, self.dt_proj.weight)
         return F.rms_norm(delta, delta.shape[-1:]), self.b_layernorm(B), self.c_layernorm(C)
 
@@ -252,7 +257,7 @@ def norm_after_dt_proj(model: mj.Jamba, patch: pytest.MonkeyPatch) -> mj.Jamba:
 
 def no_inner_norms(model: mj.Jamba, patch: pytest.MonkeyPatch) -> mj.Jamba:
     def select(self: Mamba, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        delta, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        delta, B, C = selected(self, x)
         delta = F.linear(self.dt_layernorm.weight * delta, self.dt_proj.weight)
         return delta, self.b_layernorm.weight * B, self.c_layernorm.weight * C
 

@@ -1,0 +1,123 @@
+"""Every speed that is claimed is measured here, side by side with other programs in one run, and recorded.
+
+    minijamba bench scan       ->  data/measurements/scan_cuda.json on a GPU, scan_cpu.json without
+    minijamba bench conv
+    minijamba bench mixer
+
+`scan`, `conv` and `mixer` say what is compared, `measure` how it is measured; `records` writes and shows it.
+"""
+
+import argparse
+import json
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from .conv import CONV
+from .measure import MEASURES, Run, Setting, available, card, warn_of_company
+from .mixer import MIXER
+from .records import record, table
+from .scan import SCAN
+
+__all__ = ["COMPONENTS", "add_arguments", "bench", "record", "run", "table"]
+
+COMPONENTS = {component.name: component for component in (SCAN, CONV, MIXER)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The components that can be measured, as verbs of the parser, and their options."""
+    verbs = parser.add_subparsers(title="components", metavar="component", required=True)
+    for name, component in COMPONENTS.items():
+        choices = f"sides: {'; '.join(component.sides)}. Measures: {'; '.join(component.measures)}."
+        verb = verbs.add_parser(name, help=component.help, description=component.help, epilog=choices)
+        verb.set_defaults(component=name)
+        verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
+        verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of the device's")
+        verb.add_argument("--sides", nargs="+", metavar="SIDE", help="what to compare, the first with all others")
+        verb.add_argument(
+            "--measure", nargs="+", action="append", metavar=("MEASURE", "CASE"),
+            help="instead of the device's table: what to measure and where, as forward 1x512 8x2048; may be repeated",
+        )  # fmt: skip
+        verb.add_argument("--repeats", type=int, metavar="N", help="the median of so many calls")
+        for size in component.plans["cpu"].sizes:
+            verb.add_argument(f"--{size}", type=int, metavar="N", help="instead of the device's")
+        verb.add_argument("--commit", metavar="HASH", help="to record where the files lie without their repository")
+        verb.add_argument("--output", type=Path, metavar="FILE", help="data/measurements/COMPONENT_DEVICE.json")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what the parsed options ask for. Returns the exit status."""
+    options = vars(options)
+    if options["measure"]:
+        options["measure"] = {name: [_case(word) for word in words] for name, *words in options["measure"]}
+    bench(options.pop("component"), **options)
+    return 0
+
+
+def _case(word: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", word):
+        raise ValueError(f"{word!r} is no case: give batch and length as 8x2048")
+    batch, steps = word.split("x")
+    return int(batch), int(steps)
+
+
+def bench(
+    component: str,
+    device: str = "auto",
+    *,
+    dtype: str | None = None,
+    sides: list[str] | None = None,
+    measure: dict[str, list[tuple[int, int]]] | None = None,
+    repeats: int | None = None,
+    commit: str | None = None,
+    output: Path | None = None,
+    **sizes: int | None,
+) -> Path:
+    """Measure a component, ours and others', and record the figures. What is None is as the device's plan has it.
+
+    All sides get the same numbers, each in its own layout, and must give the same results before they are timed.
+
+    Args:
+        component: "scan", "conv" or "mixer".
+        sides:     names of what is compared; the table shows the others as multiples of the first.
+        measure:   name of a measure -> cases (batch, steps) at which to take it.
+        repeats:   each time is the median of so many calls, of fewer where they take too long.
+        commit:    to record when the files lie here without their repository.
+        output:    file to record in; data/measurements/<component>_<device>.json when None.
+    Returns: the file. Prints the table.
+    Raises: ValueError for a device, side or measure that does not exist.
+    """
+    from tqdm import tqdm
+
+    component = COMPONENTS[component]
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    plan = component.plans[_known(device.type, component.plans, "device")]
+    sizes = plan.sizes | {size: value for size, value in sizes.items() if value is not None}
+    setting = Setting(device, getattr(torch, dtype or plan.dtype), sizes)
+    names = [_known(name, component.sides, "side") for name in sides or plan.sides]
+    cases = {_known(name, component.measures, "measure"): pairs for name, pairs in (measure or plan.cases).items()}
+
+    warn_of_company()
+    sides, left_out = available(component, names, setting)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        ceilings = card(device) if device.type == "cuda" else {}
+        run = Run(component, setting, sides, repeats or plan.repeats, ceilings, left_out)
+        rows = [
+            {"measure": name, "batch": batch, "steps": steps, **row}
+            for name, batch, steps in tqdm([(name, *case) for name in cases for case in cases[name]], leave=False)
+            for row in MEASURES[name](run, batch, steps)
+        ]
+    facts = {"repeats": run.repeats, "dtype": str(setting.dtype).removeprefix("torch."), **sizes}
+    facts |= {"card": ceilings, "left_out": left_out}
+    path = record(f"{component.name}_{device.type}", rows, device=device, output=output, commit=commit, **facts)
+    print(table(json.loads(path.read_text(encoding="utf-8"))))
+    print(f"recorded in {path}")
+    return path
+
+
+def _known(name: str, names, kind: str) -> str:
+    if name not in names:
+        raise ValueError(f"there is no {kind} {name!r} here: choose of {', '.join(map(repr, names))}")
+    return name

@@ -1,0 +1,131 @@
+"""How a measurement is recorded and shown."""
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("minijamba", "torch", "transformers", "mambapy", "triton", "mamba-ssm", "causal-conv1d", "numpy")
+TITLES = {"scan": "selective scan", "conv": "causal convolution", "mixer": "Mamba mixer"}
+SIZES = ("hidden", "channels", "states", "rank", "width")
+
+
+def record(
+    name: str,
+    rows: list[dict],
+    *,
+    device: torch.device,
+    output: Path | None = None,
+    commit: str | None = None,
+    **facts,
+) -> Path:
+    """Write a measurement as JSON: the rows, and what is needed to judge and to repeat them.
+
+    Args:
+        name:   of the measurement and of its file, data/measurements/<name>.json.
+        rows:   one dict a figure.
+        device: that was measured.
+        output: another file.
+        commit: of the files that ran; asked of git when None.
+        facts:  what else holds for all rows: sizes, dtype, repeats.
+    Returns: the file.
+    """
+    measurement = {
+        "name": name,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": {package: version for package in PACKAGES if (version := _version(package))},
+        "command": shlex.join(["minijamba", *sys.argv[1:]]),
+        "commit": commit or _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **facts,
+        "rows": rows,
+    }
+    home = REPOSITORY if (REPOSITORY / "data").is_dir() else Path()
+    path = output or home / "data" / "measurements" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(measurement, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls it: "NVIDIA H200", "AMD EPYC 7763 64-Core Processor"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the repository that this file is in, with "+" for changes since, other measurements aside."""
+
+    def git(*words):
+        done = subprocess.run(["git", "-C", REPOSITORY, *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changes = git("status", "--porcelain", "--", ".", ":!data/measurements")
+        return commit + ("+" if changes else "") if commit else None
+    except FileNotFoundError:
+        return None
+
+
+def table(measurement: dict) -> str:
+    """A recorded measurement as text: a line a case, a column a side, and in brackets how many times the first side."""
+    lines: dict[str, dict[str, tuple[float, str]]] = {}
+    for row in measurement["rows"]:
+        figure, text, unit = _figure(row)
+        case = f"{row['measure']}{unit}, {row.get('batch', measurement.get('batch'))} x {row['steps']}"
+        lines.setdefault(case, {})[row["side"]] = figure, text
+    sides = list(dict.fromkeys(row["side"] for row in measurement["rows"]))
+    first, widths = max(map(len, lines), default=0), [max(16, len(side)) for side in sides]
+    sizes = "".join(f", {size} {measurement[size]}" for size in SIZES if size in measurement)
+    title = TITLES[measurement["name"].split("_")[0]]
+    shown = [
+        f"{title} on {measurement['device']}, {measurement['threads']} threads, {measurement['dtype']}{sizes}",
+        f"batch x length; in brackets: times {', '.join(sides[:1])}",
+        " " * first + "".join(f"  {side:>{width}}" for side, width in zip(sides, widths, strict=True)),
+    ]
+    for case, figures in lines.items():
+        ours = figures.get(sides[0])
+        cells = [_cell(figures.get(side), None if side == sides[0] else ours) for side in sides]
+        padded = "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        shown.append(f"{case:<{first}}{padded}")
+    shown += [f"left out: {side}: {reason}" for side, reason in measurement.get("left_out", {}).items()]
+    return "\n".join(shown)
+
+
+def _figure(row: dict) -> tuple[float, str, str]:
+    """A row's figure, its text and its unit."""
+    if "milliseconds" in row:
+        return row["milliseconds"], f"{row['milliseconds']:.{3 if row['milliseconds'] < 10 else 1}f}", " in ms"
+    if "bytes" in row:
+        return row["bytes"], f"{row['bytes'] / 2**20:.1f}", " in MiB"
+    return row["error"], f"{row['error']:.1e}", ""
+
+
+def _cell(figure: tuple[float, str] | None, ours: tuple[float, str] | None) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure[1]} ({figure[0] / ours[0]:.1f}x)" if ours and ours[0] else figure[1]

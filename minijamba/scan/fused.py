@@ -1,0 +1,672 @@
+"""The selective scan as Triton kernels: every input is read once, every output written once, no state leaves the chip.
+
+The recurrence is per channel and per state, so a program takes a block of channels with all their states, keeps the
+states (n, c) in registers and walks along time. On its way it meets two kinds of work:
+
+    per token and channel:          softplus, the gate, loads and stores, done for a tile (c, t) of T steps at once;
+    per token, channel and state:   state = exp2(delta A) state + (delta x) B, then y = sum_n C state, step by step.
+
+`_rows` takes a tile apart into steps and `_tile` puts steps together again; both are moves between registers.
+
+Backward needs the states again. The forward pass keeps one in CHUNK steps, and the gradient kernel, walking from the
+last chunk to the first, computes the ones between. What it carries backwards in time is the adjoint, the gradient of
+the loss with respect to the state; it obeys the same recurrence with time reversed:
+
+    adjoint_{t-1} = exp2(delta_t A) (adjoint_t + dy_t C_t)
+
+Where channels are too few to fill a GPU, time is split: every split first runs from zero, `_chain` joins their ends,
+and then all splits run side by side, each from its own start. That costs the exponentials twice.
+
+B and C are repacked as float32 rows [B_t, C_t] of a power of two: a program reads them with wide loads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
+ENDLESS = tl.constexpr(1e30)  # a step so long that every state decays to zero: the start of a new document
+
+
+# What kernels are made of.
+
+
+@triton.jit
+def _softplus(v):
+    """log(1 + exp(v)) = max(v, 0) + log(1 + e), e = exp(-|v|). For small e the logarithm of the special-function unit
+    has lost what matters, so float32 takes a polynomial: right to 2e-7 of its value for 0 <= e <= 1."""
+    e = tl.exp2(-tl.abs(v) * LOG2E)
+    if e.dtype == tl.float64:
+        log1p = tl.where(e < 1e-5, e - 0.5 * e * e, tl.log(1 + e))
+    else:
+        log1p = -0.029505213 + e * 0.005232688
+        log1p = -0.136632423 + e * (0.07822591 + e * log1p)
+        log1p = -0.248429818 + e * (0.191060051 + e * log1p)
+        log1p = -0.499994931 + e * (0.333190968 + e * log1p)
+        log1p = e * (0.99999997 + e * log1p)
+    return tl.maximum(v, 0) + log1p
+
+
+@triton.jit
+def _sigmoid(v):
+    return 1 / (1 + tl.exp2(-v * LOG2E))
+
+
+@triton.jit
+def _rows(tile, T: tl.constexpr):
+    """A tile (c, k, T) as T rows (c, k), one a step."""
+    C: tl.constexpr = tile.shape[0]
+    K: tl.constexpr = tile.shape[1]
+    if T == 1:
+        rows = (tl.reshape(tile, (C, K)),)
+    else:
+        even, odd = tl.split(tl.reshape(tile, (C, K, T // 2, 2)))
+        even = _rows(even, T // 2)
+        odd = _rows(odd, T // 2)
+        rows = ()
+        for i in tl.static_range(T // 2):
+            rows = rows + (even[i], odd[i])
+    return rows
+
+
+@triton.jit
+def _tile(rows, T: tl.constexpr, first: tl.constexpr = 0, step: tl.constexpr = 1):
+    """The inverse: T rows (...) as a tile (..., T)."""
+    if T == 2:
+        tile = tl.join(rows[first], rows[first + step])
+    else:
+        even = _tile(rows, T // 2, first, 2 * step)
+        odd = _tile(rows, T // 2, first + step, 2 * step)
+        tile = tl.reshape(tl.join(even, odd), rows[first].shape + (T,))
+    return tile
+
+
+@triton.jit
+def _sum(tensors):
+    total = tensors[0]
+    for i in tl.static_range(1, len(tensors)):
+        total += tensors[i]
+    return total
+
+
+@triton.jit
+def _fetch(BC, n, T: tl.constexpr, N: tl.constexpr):
+    """The next T rows of B and C, as they are stored, for states n of any shape."""
+    rows = ()
+    for i in tl.static_range(T):
+        if BC.dtype.element_ty == tl.int32:
+            rows = rows + ((tl.load(BC + i * N + n),),)
+        else:
+            rows = rows + ((tl.load(BC + i * (2 * N) + n), tl.load(BC + i * (2 * N) + N + n)),)
+    return rows
+
+
+@triton.jit
+def _pair(row):
+    """B_t and C_t of a stored row. A bfloat16 is the upper half of a float32."""
+    if row[0].dtype == tl.int32:
+        B, C = (row[0] << 16).to(tl.float32, bitcast=True), (row[0] & -65536).to(tl.float32, bitcast=True)
+    else:
+        B, C = row
+    return B, C
+
+
+@triton.jit
+def _length(v, bias, inside, SOFTPLUS: tl.constexpr):
+    """The length of a step, (c, T); nothing happens in a step of length zero, such as those behind the end."""
+    if bias is not None:
+        v += bias[:, None]
+    if SOFTPLUS:
+        v = _softplus(v)
+    return tl.where(inside, v, 0)
+
+
+# The kernels.
+
+
+@triton.jit
+def _forward_kernel(
+    x, delta, A, BC, D, z, bias, resets, state, y, saved, ends, spans,
+    steps, split, channels, states,
+    x_b, x_t, x_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, y_b, y_t, y_c, BC_b,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Run a split of time from its state: outputs y (if not None), the states at chunk starts (saved), at the end."""
+    wide = state.dtype.element_ty
+    ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
+    K: tl.constexpr = N // W
+    k, w, t = tl.arange(0, K), tl.arange(0, W), tl.arange(0, T)
+    n = k[:, None] + K * w[None, :]
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    b = tl.program_id(2).to(tl.int64)
+    first = part * split
+    last = tl.minimum(first + split, steps)
+    channel = c < channels
+    real = (n < states)[:, None, :] & channel[None, :, None]
+    of_state = n[:, None, :] + c[None, :, None] * states
+    size = channels * states
+
+    A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
+    h = tl.load(state + (b * parts + part) * size + of_state, mask=real, other=0)
+    bias_ = None if bias is None else tl.load(bias + c, mask=channel, other=0).to(wide)
+    D_ = None if D is None else tl.load(D + c, mask=channel, other=0).to(wide)
+    span = tl.zeros((BLOCK,), wide)
+
+    begin = first.to(tl.int64)
+    x += b * x_b + begin * x_t + c[:, None] * x_c + t[None, :] * x_t
+    delta += b * delta_b + begin * delta_t + c[:, None] * delta_c + t[None, :] * delta_t
+    BC += b * BC_b + begin * ROW
+    if y is not None:
+        y += b * y_b + begin * y_t + c[:, None] * y_c + t[None, :] * y_t
+    if z is not None:
+        z += b * z_b + begin * z_t + c[:, None] * z_c + t[None, :] * z_t
+
+    inside = channel[:, None] & (first + t < last)[None, :]
+    x_next = tl.load(x, mask=inside, other=0)
+    delta_next = tl.load(delta, mask=inside, other=0)
+    if z is not None:
+        z_next = tl.load(z, mask=inside, other=0)
+    for start in range(first, last, T):
+        if saved is not None:  # noqa: SIM102  (decided when the kernel is compiled)
+            if start % CHUNK == 0:
+                chunk = b * tl.cdiv(steps, CHUNK) + start // CHUNK
+                tl.store(saved + chunk * size + of_state, h, mask=real)
+        rows = _fetch(BC, n, T, N)
+        BC += T * ROW
+        # The next tile is on its way while this one is worked on.
+        x_, delta_, now = x_next.to(wide), delta_next.to(wide), inside
+        inside = channel[:, None] & (start + T + t < last)[None, :]
+        x += T * x_t
+        delta += T * delta_t
+        x_next = tl.load(x, mask=inside, other=0)
+        delta_next = tl.load(delta, mask=inside, other=0)
+        if z is not None:
+            z_ = z_next.to(wide)
+            z += T * z_t
+            z_next = tl.load(z, mask=inside, other=0)
+
+        delta_ = _length(delta_, bias_, now, SOFTPLUS)
+        u = delta_ * x_
+        if resets is not None:
+            reset = tl.load(resets + b * steps + start + t, mask=start + t < last, other=0)
+            delta_ = tl.where(reset[None, :] != 0, ENDLESS, delta_)
+        if spans is not None:
+            span += tl.sum(delta_, 1)
+        steps_ = _rows(tl.permute(tl.join(delta_, u), (0, 2, 1)), T)
+        y_rows = ()
+        for i in tl.static_range(T):
+            delta_i, u_i = tl.split(steps_[i])
+            B_i, C_i = _pair(rows[i])
+            h = tl.exp2(delta_i[None, :, None] * A_) * h + u_i[None, :, None] * B_i[:, None, :]
+            if y is not None:
+                y_rows = y_rows + (tl.sum(h * C_i[:, None, :], 0),)
+        if y is not None:
+            y_ = _sum(_rows(tl.permute(_tile(y_rows, T), (0, 2, 1)), W))
+            if D is not None:
+                y_ += D_[:, None] * x_
+            if z is not None:
+                y_ *= z_ * _sigmoid(z_)
+            tl.store(y, y_, mask=now)
+            y += T * y_t
+    tl.store(ends + (b * parts + part) * size + of_state, h, mask=real)
+    if spans is not None:
+        tl.store(spans + (b * parts + part) * channels + c, span, mask=channel)
+
+
+@triton.jit
+def _adjoint_kernel(
+    delta, A, BC, z, bias, resets, dy, ends, spans,
+    steps, begin, end, split, channels, states,
+    delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, BC_b,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Run a split of time backwards from an adjoint of zero: outputs the adjoint before its first step."""
+    wide = ends.dtype.element_ty
+    ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
+    K: tl.constexpr = N // W
+    k, w, t = tl.arange(0, K), tl.arange(0, W), tl.arange(0, T)
+    n = k[:, None] + K * w[None, :]
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    b = tl.program_id(2).to(tl.int64)
+    first = begin + part * split
+    last = tl.minimum(first + split, end)
+    channel = c < channels
+    real = (n < states)[:, None, :] & channel[None, :, None]
+    of_state = n[:, None, :] + c[None, :, None] * states
+    size = channels * states
+
+    A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
+    g = tl.zeros((K, BLOCK, W), wide)
+    bias_ = None if bias is None else tl.load(bias + c, mask=channel, other=0).to(wide)
+    span = tl.zeros((BLOCK,), wide)
+
+    start = first + (tl.cdiv(last - first, T) - 1) * T
+    at = start.to(tl.int64)
+    delta += b * delta_b + at * delta_t + c[:, None] * delta_c + t[None, :] * delta_t
+    dy += b * dy_b + at * dy_t + c[:, None] * dy_c + t[None, :] * dy_t
+    BC += b * BC_b + at * ROW
+    if z is not None:
+        z += b * z_b + at * z_t + c[:, None] * z_c + t[None, :] * z_t
+
+    inside = channel[:, None] & (start + t < last)[None, :]
+    delta_next = tl.load(delta, mask=inside, other=0)
+    dy_next = tl.load(dy, mask=inside, other=0)
+    if z is not None:
+        z_next = tl.load(z, mask=inside, other=0)
+    for _ in range(0, last - first, T):
+        rows = _fetch(BC, n, T, N)
+        BC -= T * ROW
+        delta_, dy_, now = delta_next.to(wide), dy_next.to(wide), inside
+        inside = channel[:, None] & (start - T + t >= first)[None, :]
+        delta -= T * delta_t
+        dy -= T * dy_t
+        delta_next = tl.load(delta, mask=inside, other=0)
+        dy_next = tl.load(dy, mask=inside, other=0)
+        if z is not None:
+            z_ = z_next.to(wide)
+            z -= T * z_t
+            z_next = tl.load(z, mask=inside, other=0)
+            dy_ *= z_ * _sigmoid(z_)
+        delta_ = _length(delta_, bias_, now, SOFTPLUS)
+        if resets is not None:
+            reset = tl.load(resets + b * steps + start + t, mask=start + t < last, other=0)
+            delta_ = tl.where(reset[None, :] != 0, ENDLESS, delta_)
+        span += tl.sum(delta_, 1)
+        steps_ = _rows(tl.permute(tl.join(delta_, dy_), (0, 2, 1)), T)
+        for i in tl.static_range(T - 1, -1, -1):
+            delta_i, dy_i = tl.split(steps_[i])
+            _, C_i = _pair(rows[i])
+            g = tl.exp2(delta_i[None, :, None] * A_) * (g + dy_i[None, :, None] * C_i[:, None, :])
+        start -= T
+    tl.store(ends + (b * parts + part) * size + of_state, g, mask=real)
+    tl.store(spans + (b * parts + part) * channels + c, span, mask=channel)
+
+
+@triton.jit
+def _gradient_kernel(
+    x, delta, A, BC, D, z, bias, resets, saved, adjoint, dy,
+    dx, ddelta, dA, dBC, dD, dz, dbias, scratch, dstate,
+    steps, begin, end, split, channels, states,
+    x_b, x_t, x_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c,
+    dx_b, dx_t, dx_c, ddelta_b, ddelta_t, ddelta_c, dz_b, dz_t, dz_c, BC_b, dBC_b,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Walk a split of time from its last chunk to its first, given the states before chunks and the adjoint behind."""
+    wide = saved.dtype.element_ty
+    ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    b = tl.program_id(2).to(tl.int64)
+    n, t = tl.arange(0, N), tl.arange(0, T)
+    first = begin + part * split
+    last = tl.minimum(first + split, end)
+    channel = c < channels
+    real = (n < states)[:, None] & channel[None, :]
+    of_state = n[:, None] + c[None, :] * states
+    size = channels * states
+    place = b * parts + part
+
+    A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
+    bias_ = None if bias is None else tl.load(bias + c, mask=channel, other=0).to(wide)
+    D_ = None if D is None else tl.load(D + c, mask=channel, other=0).to(wide)
+    g = tl.load(adjoint + place * size + of_state, mask=real, other=0)
+    dA_ = tl.load(dA + place * size + of_state, mask=real, other=0)
+    dD_ = tl.zeros((BLOCK, T), wide)
+    dbias_ = tl.zeros((BLOCK, T), wide)
+
+    x += b * x_b + c[:, None] * x_c + t[None, :] * x_t
+    delta += b * delta_b + c[:, None] * delta_c + t[None, :] * delta_t
+    dy += b * dy_b + c[:, None] * dy_c + t[None, :] * dy_t
+    dx += b * dx_b + c[:, None] * dx_c + t[None, :] * dx_t
+    ddelta += b * ddelta_b + c[:, None] * ddelta_c + t[None, :] * ddelta_t
+    if z is not None:
+        z += b * z_b + c[:, None] * z_c + t[None, :] * z_t
+        dz += b * dz_b + c[:, None] * dz_c + t[None, :] * dz_t
+    BC += b * BC_b
+    dBC += (tl.program_id(0) * tl.num_programs(2) + b) * dBC_b + n[:, None] + t[None, :] * (2 * N)
+    scratch += (place * tl.num_programs(0) + tl.program_id(0)) * (CHUNK // T * N * BLOCK)
+    scratch += n[:, None] + tl.arange(0, BLOCK)[None, :] * N
+
+    chunks = tl.cdiv(last - first, CHUNK)
+    for back in range(chunks):
+        chunk = first // CHUNK + chunks - 1 - back
+        tiles = tl.cdiv(tl.minimum(CHUNK, last - chunk * CHUNK), T)
+        # The states at the starts of the chunk's tiles.
+        h = tl.load(saved + (b * tl.cdiv(steps, CHUNK) + chunk) * size + of_state, mask=real, other=0)
+        at = (chunk * CHUNK).to(tl.int64)
+        inside = channel[:, None] & (at + t < last)[None, :]
+        x_next = tl.load(x + at * x_t, mask=inside, other=0)
+        delta_next = tl.load(delta + at * delta_t, mask=inside, other=0)
+        for j in range(tiles - 1):
+            tl.store(scratch + j * (N * BLOCK), h)
+            x_, delta_, now = x_next.to(wide), delta_next.to(wide), inside
+            rows = _fetch(BC + at * ROW, n, T, N)
+            if resets is not None:
+                reset = tl.load(resets + b * steps + at + t, mask=at + t < last, other=0)
+            at += T
+            inside = channel[:, None] & (at + t < last)[None, :]
+            x_next = tl.load(x + at * x_t, mask=inside, other=0)
+            delta_next = tl.load(delta + at * delta_t, mask=inside, other=0)
+            delta_ = _length(delta_, bias_, now, SOFTPLUS)
+            u = delta_ * x_
+            if resets is not None:
+                delta_ = tl.where(reset[None, :] != 0, ENDLESS, delta_)
+            steps_ = _rows(tl.permute(tl.join(delta_, u), (0, 2, 1)), T)
+            for i in tl.static_range(T):
+                delta_i, u_i = tl.split(steps_[i])
+                B_i, _ = _pair(rows[i])
+                h = tl.exp2(delta_i[None, :] * A_) * h + u_i[None, :] * B_i[:, None]
+        tl.store(scratch + (tiles - 1) * (N * BLOCK), h)
+        tl.debug_barrier()
+        # Back through the tiles.
+        dy_next = tl.load(dy + at * dy_t, mask=inside, other=0)
+        if z is not None:
+            z_next = tl.load(z + at * z_t, mask=inside, other=0)
+        for j in range(tiles):
+            h = tl.load(scratch + (tiles - 1 - j) * (N * BLOCK))
+            x_, v, dy_ = x_next.to(wide), delta_next.to(wide), dy_next.to(wide)
+            rows = _fetch(BC + at * ROW, n, T, N)
+            if z is not None:
+                z_ = z_next.to(wide)
+            here, now = at, inside
+            at = tl.maximum(at - T, chunk * CHUNK)
+            inside = channel[:, None] & (at + t < last)[None, :]
+            x_next = tl.load(x + at * x_t, mask=inside, other=0)
+            delta_next = tl.load(delta + at * delta_t, mask=inside, other=0)
+            dy_next = tl.load(dy + at * dy_t, mask=inside, other=0)
+            delta_ = _length(v, bias_, now, SOFTPLUS)
+            if z is not None:
+                z_next = tl.load(z + at * z_t, mask=inside, other=0)
+                gate = _sigmoid(z_)
+                dout = dy_
+                dy_ = dout * z_ * gate
+            length = delta_
+            if resets is not None:
+                reset = tl.load(resets + b * steps + here + t, mask=here + t < last, other=0)
+                length = tl.where(reset[None, :] != 0, ENDLESS, delta_)
+            u_rows = _rows(tl.permute(tl.join(length, delta_ * x_), (0, 2, 1)), T)
+            dy_rows = _rows(tl.expand_dims(dy_, 1), T)
+            decays, before, y_rows, dC_rows = (), (), (), ()
+            for i in tl.static_range(T):
+                length_i, u_i = tl.split(u_rows[i])
+                B_i, C_i = _pair(rows[i])
+                decay = tl.exp2(length_i[None, :] * A_)
+                decays = decays + (decay,)
+                before = before + (h,)
+                h = decay * h + u_i[None, :] * B_i[:, None]
+                if z is not None:
+                    y_rows = y_rows + (tl.sum(h * C_i[:, None], 0),)
+                dC_rows = dC_rows + (h * tl.reshape(dy_rows[i], (1, BLOCK)),)
+            tl.store(dBC + (here - begin) * (2 * N) + N, tl.sum(_tile(dC_rows, T), 1))
+            du_rows, dlength_rows, dB_rows = (), (), ()
+            for i in tl.static_range(T - 1, -1, -1):
+                length_i, u_i = tl.split(u_rows[i])
+                B_i, C_i = _pair(rows[i])
+                g += tl.reshape(dy_rows[i], (1, BLOCK)) * C_i[:, None]
+                dB_rows = (g * u_i[None, :],) + dB_rows
+                du_rows = (tl.sum(g * B_i[:, None], 0),) + du_rows
+                g *= decays[i]
+                dexponent = g * before[i]
+                dlength_rows = (tl.sum(dexponent * A_, 0),) + dlength_rows
+                dA_ += dexponent * length_i[None, :]
+            tl.store(dBC + (here - begin) * (2 * N), tl.sum(_tile(dB_rows, T), 1))
+            du = _tile(du_rows, T)
+            dx_ = du * delta_
+            ddelta_ = du * x_ + _tile(dlength_rows, T) / LOG2E
+            if SOFTPLUS:
+                if bias is not None:
+                    v += bias_[:, None]
+                ddelta_ *= _sigmoid(v)
+            if D is not None:
+                dx_ += dy_ * D_[:, None]
+            dD_ += dy_ * x_
+            dbias_ += tl.where(now, ddelta_, 0)
+            tl.store(dx + here * dx_t, dx_, mask=now)
+            tl.store(ddelta + here * ddelta_t, ddelta_, mask=now)
+            if z is not None:
+                y_ = _tile(y_rows, T)
+                if D is not None:
+                    y_ += D_[:, None] * x_
+                tl.store(dz + here * dz_t, dout * y_ * gate * (1 + z_ * (1 - gate)), mask=now)
+    tl.store(dstate + place * size + of_state, g, mask=real)
+    tl.store(dA + place * size + of_state, dA_, mask=real)
+    of_channel = place * channels + c
+    tl.store(dD + of_channel, tl.load(dD + of_channel, mask=channel) + tl.sum(dD_, 1), mask=channel)
+    tl.store(dbias + of_channel, tl.load(dbias + of_channel, mask=channel) + tl.sum(dbias_, 1), mask=channel)
+
+
+@triton.jit
+def _chain_kernel(
+    A, ends, spans, carry, starts, splits, channels, states,
+    BACKWARDS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From what each split makes of zero (ends) to what each split starts from, given what the first starts from."""
+    wide = ends.dtype.element_ty
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, N)
+    channel = c < channels
+    real = (n < states)[:, None] & channel[None, :]
+    of_state = n[:, None] + c[None, :] * states
+    size = channels * states
+    A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
+    h = tl.load(carry + b * size + of_state, mask=real)
+    for i in range(splits):
+        k = splits - 1 - i if BACKWARDS else i
+        tl.store(starts + (b * splits + k) * size + of_state, h, mask=real)
+        span = tl.load(spans + (b * splits + k) * channels + c, mask=channel, other=0)
+        h = tl.exp2(span[None, :] * A_) * h + tl.load(ends + (b * splits + k) * size + of_state, mask=real)
+
+
+# Launching them.
+
+BLOCK = 32  # channels a program of the scans
+GRADIENT = {"BLOCK": 16, "T": 4, "num_warps": 1}
+CHUNK = 64  # steps from one kept state to the next
+WINDOW = 2048  # tokens that the backward pass works on at a time, which bounds its memory
+WARPS = {"forward": 4, "backward": 8}  # that an SM should have, or else time is split
+
+
+def scan(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, state: Tensor, segments: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The function of `naive.scan`, same arguments, any strides. Differentiable once."""
+    arguments = (x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, segments)
+    tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+    remember = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    # The operator is for autograd and torch.compile, and costs as much time as a short scan.
+    run = _operator if remember or torch.compiler.is_compiling() else _forward
+    y, last, _ = run(*arguments, remember)
+    return y, last
+
+
+def _forward(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, state: Tensor, segments: Tensor | None, remember: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the last state, and with `remember` the states (b, chunks, c, n) that the backward pass starts from."""
+    batch, steps, channels = x.shape
+    states = A.shape[1]
+    A, D, delta_bias, state = (_contiguous(tensor) for tensor in (A, D, delta_bias, state))
+    BC, resets = _pack(B, C, state.dtype), _resets(segments)
+    y, last, saved = _outputs(x, state, remember)
+    tiling = _tiling(states)
+    blocks = triton.cdiv(channels, BLOCK)
+
+    def launch(parts, split, state, y, saved, ends, spans):
+        gate = None if y is None else z
+        _forward_kernel[blocks, parts, batch](
+            x, delta, A, BC, D, gate, delta_bias, resets, state, y, saved, ends, spans, steps, split, channels, states,
+            *x.stride(), *delta.stride(), *_strides(gate), *_strides(y), BC.stride(0),
+            SOFTPLUS=delta_softplus, CHUNK=CHUNK, **tiling,
+        )  # fmt: skip
+
+    parts, split = _split(steps, batch * blocks * tiling["num_warps"], WARPS["forward"], x.device)
+    saved_ = saved if remember else None
+    if parts == 1:
+        launch(1, split, state, y, saved_, last, None)
+        return y, last, saved
+    starts, ends, spans = _between(state, parts)
+    launch(parts, split, torch.zeros_like(starts), None, None, ends, spans)
+    _chain(A, ends, spans, state, starts)
+    launch(parts, split, starts, y, saved_, ends, None)
+    last.copy_(ends[:, -1])
+    return y, last, saved
+
+
+_operator = torch.library.custom_op("minijamba::selective_scan", _forward, mutates_args=())
+
+
+@_operator.register_fake
+def _(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, segments, remember):
+    return _outputs(x, state, remember)
+
+
+def _outputs(x: Tensor, state: Tensor, remember: bool) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = -(-x.shape[1] // CHUNK) if remember else 0
+    return torch.empty_like(x), state.new_empty(state.shape), state.new_empty(len(x), chunks, *state.shape[1:])
+
+
+@torch.library.custom_op("minijamba::selective_scan_backward", mutates_args=())
+def _backward(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, segments: Tensor | None, saved: Tensor,
+    dy: Tensor, dlast: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, delta, A, B, C, D, z, delta_bias and state; empty where the argument was None.
+
+    Sums over channels, for B and C, and over time, for A, D and the bias, are kept in pieces, one a program, and added
+    up afterwards: atomic additions would come in another order every time.
+    """
+    batch, steps, channels = x.shape
+    states = A.shape[1]
+    A_, D_, bias, adjoint = (_contiguous(tensor) for tensor in (A, D, delta_bias, dlast))
+    BC, resets = _pack(B, C, saved.dtype), _resets(segments)
+    dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), torch.empty_like(x if z is None else z)
+
+    tiling, N = _tiling(states), triton.next_power_of_2(states)
+    blocks = triton.cdiv(channels, GRADIENT["BLOCK"])
+    window = min(triton.cdiv(WINDOW // batch, CHUNK), triton.cdiv(steps, CHUNK)) * CHUNK
+    parts, split = _split(window, batch * blocks * GRADIENT["num_warps"], WARPS["backward"], x.device)
+    dA = saved.new_zeros(batch, parts, channels, states)
+    dD, dbias = (saved.new_zeros(batch, parts, channels) for _ in range(2))
+    dBC = saved.new_empty(batch, steps, 2, N)
+    pieces = saved.new_empty(blocks, batch, window, 2, N)
+    scratch = saved.new_empty(batch * parts * blocks * CHUNK // GRADIENT["T"] * N * GRADIENT["BLOCK"])
+    for begin in reversed(range(0, steps, window)):
+        end = min(begin + window, steps)
+        here = triton.cdiv(end - begin, split)
+        time = steps, begin, end, split, channels, states
+        starts, ends, spans = _between(adjoint, here)
+        if here == 1:
+            starts = adjoint
+        else:
+            _adjoint_kernel[triton.cdiv(channels, BLOCK), here, batch](
+                delta, A_, BC, z, bias, resets, dy, ends, spans, *time,
+                *delta.stride(), *_strides(z), *dy.stride(), BC.stride(0), SOFTPLUS=delta_softplus, **tiling,
+            )  # fmt: skip
+            _chain(A_, ends, spans, adjoint, starts, backwards=True)
+        _gradient_kernel[blocks, here, batch](
+            x, delta, A_, BC, D_, z, bias, resets, saved, starts, dy, dx, ddelta, dA, pieces, dD, dz, dbias, scratch,
+            ends, *time, *x.stride(), *delta.stride(), *_strides(z), *dy.stride(), *dx.stride(), *ddelta.stride(),
+            *dz.stride(), BC.stride(0), pieces.stride(1), SOFTPLUS=delta_softplus, N=N, CHUNK=CHUNK, **GRADIENT,
+        )  # fmt: skip
+        torch.sum(pieces[:, :, : end - begin], 0, out=dBC[:, begin:end])
+        adjoint = ends[:, 0].contiguous()
+    dB, dC = (part.to(B.dtype, copy=True) for part in dBC[..., :states].unbind(2))
+    sums = (dA, A), (dD, D), (dbias, delta_bias)
+    dA, dD, dbias = (None if vector is None else pieces.sum((0, 1)).to(vector.dtype) for pieces, vector in sums)
+    grads = dx, ddelta, dA, dB, dC, dD, None if z is None else dz, dbias
+    return *(x.new_empty(0) if grad is None else grad for grad in grads), adjoint.clone()
+
+
+@_backward.register_fake
+def _(x, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, saved, dy, dlast):
+    grads = (x.new_empty(0) if v is None else torch.empty_like(v) for v in (x, delta, A, B, C, D, z, delta_bias))
+    return *grads, dlast.new_empty(dlast.shape)
+
+
+def _remember_inputs(ctx, inputs, output) -> None:
+    *tensors, ctx.delta_softplus, _, segments, _ = inputs
+    ctx.save_for_backward(*tensors, segments, output[2])
+
+
+def _gradients(ctx, dy, dlast, _):
+    *tensors, segments, saved = ctx.saved_tensors
+    *grads, dstate = _backward(*tensors, ctx.delta_softplus, segments, saved, dy, dlast)
+    grads = (None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True))
+    return *grads, None, dstate, None, None
+
+
+_operator.register_autograd(_gradients, setup_context=_remember_inputs)
+
+
+def _tiling(states: int) -> dict[str, int]:
+    """How a program of the scans is cut: W warps share the states of its channels, and a tile of T steps is unrolled
+    as long as its rows of B and C fit the registers."""
+    N = triton.next_power_of_2(states)
+    W = min(N, 4)
+    return {"N": N, "W": W, "BLOCK": BLOCK, "T": min(16, 64 * W // N), "num_warps": W}
+
+
+def _pack(B: Tensor, C: Tensor, wide: torch.dtype) -> Tensor:
+    """B and C side by side, with zeros for states up to a power of two and for steps up to a whole tile.
+
+    Returns (b, t+, N) int32, each a pair of bfloat16, or (b, t+, 2, N) in the state's dtype.
+    """
+    batch, steps, states = B.shape
+    shape = batch, triton.cdiv(steps, 16) * 16, triton.next_power_of_2(states)
+    if B.dtype == C.dtype == torch.bfloat16:
+        if shape[1:] == (steps, states):
+            return torch.stack((B, C), -1).view(torch.int32).squeeze(3)
+        pairs = B.new_zeros(*shape, 2)
+        pairs[:, :steps, :states, 0], pairs[:, :steps, :states, 1] = B, C
+        return pairs.view(torch.int32).squeeze(3)
+    rows = B.new_zeros(*shape[:2], 2, shape[2], dtype=wide)
+    rows[:, :steps, 0, :states], rows[:, :steps, 1, :states] = B, C
+    return rows
+
+
+def _resets(segments: Tensor | None) -> Tensor | None:
+    """(b, t) int8, 1 where a document starts; the first step of a call continues the incoming state."""
+    if segments is None:
+        return None
+    resets = torch.zeros(segments.shape, dtype=torch.int8, device=segments.device)
+    resets[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return resets
+
+
+def _split(steps: int, warps: int, wanted: int, device: torch.device) -> tuple[int, int]:
+    """How many parts to split the time into, so that every SM has the wanted warps; and the steps of a part."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    parts = min(max(wanted * processors // warps, 1), triton.cdiv(steps, CHUNK))
+    split = triton.cdiv(triton.cdiv(steps, parts), CHUNK) * CHUNK
+    return triton.cdiv(steps, split), split
+
+
+def _between(state: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the state each part starts from and what it makes of zero, (b, parts, c, n), and its length."""
+    batch, channels, states = state.shape
+    starts = state.new_empty(batch, parts, channels, states)
+    return starts, torch.empty_like(starts), state.new_empty(batch, parts, channels)
+
+
+def _chain(A: Tensor, ends: Tensor, spans: Tensor, state: Tensor, starts: Tensor, backwards: bool = False) -> None:
+    batch, parts, channels, states = starts.shape
+    _chain_kernel[triton.cdiv(channels, 16), batch](
+        A, ends, spans, state, starts, parts, channels, states,
+        BACKWARDS=backwards, N=triton.next_power_of_2(states), BLOCK=16,
+    )  # fmt: skip
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if tensor is None else tensor.stride()
