@@ -58,7 +58,7 @@ def build_parser():
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
 
     verb = _verb(verbs, bench, "measure a component and record the figures (minijamba bench --help)")
-    verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="scan|conv|mixer ...", help="the component and its options")
+    verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="component", help="the component and its options")
 
     _verb(verbs, doctor, "what is installed, which rung runs here, and what to do about the rest")
     return parser

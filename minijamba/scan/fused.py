@@ -1,12 +1,15 @@
 """The selective scan as Triton kernels: every input is read once, every output written once, no state leaves the chip.
 
 The recurrence is per channel and per state, so a program takes a block of channels with all their states, keeps the
-states (n, c) in registers and walks along time. On its way it meets two kinds of work:
+states in registers and walks along time. On its way it meets two kinds of work:
 
-    per token and channel:          softplus, the gate, loads and stores, done for a tile (c, t) of T steps at once;
+    per token and channel:          softplus, the gate, loads and stores, done for a tile (c, T) of T steps at once;
     per token, channel and state:   state = exp2(delta A) state + (delta x) B, then y = sum_n C state, step by step.
 
-`_rows` takes a tile apart into steps and `_tile` puts steps together again; both are moves between registers.
+`_rows` takes a tile apart into steps and `_tile` puts steps together again: both only move data between threads.
+
+Sums cross threads, which costs more than the arithmetic if it is done for every step. So a thread adds up what it
+holds, and the parts of a whole tile are exchanged at once (`_over_states`, `_over_channels`): again `_rows`.
 
 Backward needs the states again. The forward pass keeps one in CHUNK steps, and the gradient kernel, walking from the
 last chunk to the first, computes the ones between. What it carries backwards in time is the adjoint, the gradient of
@@ -14,10 +17,8 @@ the loss with respect to the state; it obeys the same recurrence with time rever
 
     adjoint_{t-1} = exp2(delta_t A) (adjoint_t + dy_t C_t)
 
-Where channels are too few to fill a GPU, time is split: every split first runs from zero, `_chain` joins their ends,
-and then all splits run side by side, each from its own start. That costs the exponentials twice.
-
-B and C are repacked as float32 rows [B_t, C_t] of a power of two: a program reads them with wide loads.
+Where channels are too few to fill a GPU, time is split: every part first runs from zero, `_chain` joins their ends,
+and then all parts run side by side, each from its own start. That costs the exponentials twice.
 """
 
 import torch
@@ -91,6 +92,26 @@ def _sum(tensors):
 
 
 @triton.jit
+def _over_channels(rows, T: tl.constexpr):
+    """Sums over the channels of T tensors (n, c): (n, T). A thread adds what it holds, then 8 parts are exchanged."""
+    N: tl.constexpr = rows[0].shape[0]
+    BLOCK: tl.constexpr = rows[0].shape[1]
+    parts = tl.sum(tl.reshape(_tile(rows, T), (N, BLOCK // 8, 8, T)), 1)
+    return _sum(_rows(tl.permute(parts, (0, 2, 1)), 8))
+
+
+@triton.jit
+def _over_states(rows, T: tl.constexpr, LANES: tl.constexpr):
+    """Sums over the states of T tensors (n, c): (c, T), likewise."""
+    N: tl.constexpr = rows[0].shape[0]
+    BLOCK: tl.constexpr = rows[0].shape[1]
+    parts = ()
+    for i in tl.static_range(T):
+        parts = parts + (tl.sum(tl.reshape(rows[i], (LANES, N // LANES, BLOCK)), 1),)
+    return _sum(_rows(tl.permute(_tile(parts, T), (1, 2, 0)), LANES))
+
+
+@triton.jit
 def _fetch(BC, n, T: tl.constexpr, N: tl.constexpr):
     """The next T rows of B and C, as they are stored, for states n of any shape."""
     rows = ()
@@ -155,14 +176,14 @@ def _forward_kernel(
     D_ = None if D is None else tl.load(D + c, mask=channel, other=0).to(wide)
     span = tl.zeros((BLOCK,), wide)
 
-    begin = first.to(tl.int64)
-    x += b * x_b + begin * x_t + c[:, None] * x_c + t[None, :] * x_t
-    delta += b * delta_b + begin * delta_t + c[:, None] * delta_c + t[None, :] * delta_t
+    begin, c_ = first.to(tl.int64), c.to(tl.int64)[:, None]
+    x += b * x_b + begin * x_t + c_ * x_c + t[None, :] * x_t
+    delta += b * delta_b + begin * delta_t + c_ * delta_c + t[None, :] * delta_t
     BC += b * BC_b + begin * ROW
     if y is not None:
-        y += b * y_b + begin * y_t + c[:, None] * y_c + t[None, :] * y_t
+        y += b * y_b + begin * y_t + c_ * y_c + t[None, :] * y_t
     if z is not None:
-        z += b * z_b + begin * z_t + c[:, None] * z_c + t[None, :] * z_t
+        z += b * z_b + begin * z_t + c_ * z_c + t[None, :] * z_t
 
     inside = channel[:, None] & (first + t < last)[None, :]
     x_next = tl.load(x, mask=inside, other=0)
@@ -245,19 +266,19 @@ def _adjoint_kernel(
     span = tl.zeros((BLOCK,), wide)
 
     start = first + (tl.cdiv(last - first, T) - 1) * T
-    at = start.to(tl.int64)
-    delta += b * delta_b + at * delta_t + c[:, None] * delta_c + t[None, :] * delta_t
-    dy += b * dy_b + at * dy_t + c[:, None] * dy_c + t[None, :] * dy_t
+    at, c_ = start.to(tl.int64), c.to(tl.int64)[:, None]
+    delta += b * delta_b + at * delta_t + c_ * delta_c + t[None, :] * delta_t
+    dy += b * dy_b + at * dy_t + c_ * dy_c + t[None, :] * dy_t
     BC += b * BC_b + at * ROW
     if z is not None:
-        z += b * z_b + at * z_t + c[:, None] * z_c + t[None, :] * z_t
+        z += b * z_b + at * z_t + c_ * z_c + t[None, :] * z_t
 
     inside = channel[:, None] & (start + t < last)[None, :]
     delta_next = tl.load(delta, mask=inside, other=0)
     dy_next = tl.load(dy, mask=inside, other=0)
     if z is not None:
         z_next = tl.load(z, mask=inside, other=0)
-    for _ in range(0, last - first, T):
+    for back in range(0, last - first, T):  # noqa: B007
         rows = _fetch(BC, n, T, N)
         BC -= T * ROW
         delta_, dy_, now = delta_next.to(wide), dy_next.to(wide), inside
@@ -297,6 +318,7 @@ def _gradient_kernel(
 ):  # fmt: skip
     """Walk a split of time from its last chunk to its first, given the states before chunks and the adjoint behind."""
     wide = saved.dtype.element_ty
+    LANES: tl.constexpr = N // 4 if N > 4 else 1
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part, parts = tl.program_id(1), tl.num_programs(1)
@@ -318,14 +340,15 @@ def _gradient_kernel(
     dD_ = tl.zeros((BLOCK, T), wide)
     dbias_ = tl.zeros((BLOCK, T), wide)
 
-    x += b * x_b + c[:, None] * x_c + t[None, :] * x_t
-    delta += b * delta_b + c[:, None] * delta_c + t[None, :] * delta_t
-    dy += b * dy_b + c[:, None] * dy_c + t[None, :] * dy_t
-    dx += b * dx_b + c[:, None] * dx_c + t[None, :] * dx_t
-    ddelta += b * ddelta_b + c[:, None] * ddelta_c + t[None, :] * ddelta_t
+    c_, t_ = c.to(tl.int64)[:, None], t[None, :]
+    x += b * x_b + c_ * x_c + t_ * x_t
+    delta += b * delta_b + c_ * delta_c + t_ * delta_t
+    dy += b * dy_b + c_ * dy_c + t_ * dy_t
+    dx += b * dx_b + c_ * dx_c + t_ * dx_t
+    ddelta += b * ddelta_b + c_ * ddelta_c + t_ * ddelta_t
     if z is not None:
-        z += b * z_b + c[:, None] * z_c + t[None, :] * z_t
-        dz += b * dz_b + c[:, None] * dz_c + t[None, :] * dz_t
+        z += b * z_b + c_ * z_c + t_ * z_t
+        dz += b * dz_b + c_ * dz_c + t_ * dz_t
     BC += b * BC_b
     dBC += (tl.program_id(0) * tl.num_programs(2) + b) * dBC_b + n[:, None] + t[None, :] * (2 * N)
     scratch += (place * tl.num_programs(0) + tl.program_id(0)) * (CHUNK // T * N * BLOCK)
@@ -341,13 +364,15 @@ def _gradient_kernel(
         inside = channel[:, None] & (at + t < last)[None, :]
         x_next = tl.load(x + at * x_t, mask=inside, other=0)
         delta_next = tl.load(delta + at * delta_t, mask=inside, other=0)
+        rows_next = _fetch(BC + at * ROW, n, T, N)
         for j in range(tiles - 1):
             tl.store(scratch + j * (N * BLOCK), h)
             x_, delta_, now = x_next.to(wide), delta_next.to(wide), inside
-            rows = _fetch(BC + at * ROW, n, T, N)
+            rows = rows_next
             if resets is not None:
                 reset = tl.load(resets + b * steps + at + t, mask=at + t < last, other=0)
             at += T
+            rows_next = _fetch(BC + at * ROW, n, T, N)
             inside = channel[:, None] & (at + t < last)[None, :]
             x_next = tl.load(x + at * x_t, mask=inside, other=0)
             delta_next = tl.load(delta + at * delta_t, mask=inside, other=0)
@@ -369,10 +394,9 @@ def _gradient_kernel(
         for j in range(tiles):
             h = tl.load(scratch + (tiles - 1 - j) * (N * BLOCK))
             x_, v, dy_ = x_next.to(wide), delta_next.to(wide), dy_next.to(wide)
-            rows = _fetch(BC + at * ROW, n, T, N)
             if z is not None:
                 z_ = z_next.to(wide)
-            here, now = at, inside
+            here, now, rows = at, inside, _fetch(BC + at * ROW, n, T, N)
             at = tl.maximum(at - T, chunk * CHUNK)
             inside = channel[:, None] & (at + t < last)[None, :]
             x_next = tl.load(x + at * x_t, mask=inside, other=0)
@@ -399,24 +423,24 @@ def _gradient_kernel(
                 before = before + (h,)
                 h = decay * h + u_i[None, :] * B_i[:, None]
                 if z is not None:
-                    y_rows = y_rows + (tl.sum(h * C_i[:, None], 0),)
+                    y_rows = y_rows + (h * C_i[:, None],)
                 dC_rows = dC_rows + (h * tl.reshape(dy_rows[i], (1, BLOCK)),)
-            tl.store(dBC + (here - begin) * (2 * N) + N, tl.sum(_tile(dC_rows, T), 1))
+            tl.store(dBC + (here - begin) * (2 * N) + N, _over_channels(dC_rows, T))
             du_rows, dlength_rows, dB_rows = (), (), ()
             for i in tl.static_range(T - 1, -1, -1):
                 length_i, u_i = tl.split(u_rows[i])
                 B_i, C_i = _pair(rows[i])
                 g += tl.reshape(dy_rows[i], (1, BLOCK)) * C_i[:, None]
                 dB_rows = (g * u_i[None, :],) + dB_rows
-                du_rows = (tl.sum(g * B_i[:, None], 0),) + du_rows
+                du_rows = (g * B_i[:, None],) + du_rows
                 g *= decays[i]
                 dexponent = g * before[i]
-                dlength_rows = (tl.sum(dexponent * A_, 0),) + dlength_rows
+                dlength_rows = (dexponent * A_,) + dlength_rows
                 dA_ += dexponent * length_i[None, :]
-            tl.store(dBC + (here - begin) * (2 * N), tl.sum(_tile(dB_rows, T), 1))
-            du = _tile(du_rows, T)
+            tl.store(dBC + (here - begin) * (2 * N), _over_channels(dB_rows, T))
+            du = _over_states(du_rows, T, LANES)
             dx_ = du * delta_
-            ddelta_ = du * x_ + _tile(dlength_rows, T) / LOG2E
+            ddelta_ = du * x_ + _over_states(dlength_rows, T, LANES) / LOG2E
             if SOFTPLUS:
                 if bias is not None:
                     v += bias_[:, None]
@@ -428,7 +452,7 @@ def _gradient_kernel(
             tl.store(dx + here * dx_t, dx_, mask=now)
             tl.store(ddelta + here * ddelta_t, ddelta_, mask=now)
             if z is not None:
-                y_ = _tile(y_rows, T)
+                y_ = _over_states(y_rows, T, LANES)
                 if D is not None:
                     y_ += D_[:, None] * x_
                 tl.store(dz + here * dz_t, dout * y_ * gate * (1 + z_ * (1 - gate)), mask=now)
@@ -467,7 +491,8 @@ def _chain_kernel(
 BLOCK = 32  # channels a program of the scans
 GRADIENT = {"BLOCK": 16, "T": 4, "num_warps": 1}
 CHUNK = 64  # steps from one kept state to the next
-WINDOW = 2048  # tokens that the backward pass works on at a time, which bounds its memory
+WINDOWS = 8  # that the backward pass cuts the time into, one after the other, which bounds its memory
+WINDOW = 1024  # tokens that one has at least
 WARPS = {"forward": 4, "backward": 8}  # that an SM should have, or else time is split
 
 
@@ -551,7 +576,7 @@ def _backward(
 
     tiling, N = _tiling(states), triton.next_power_of_2(states)
     blocks = triton.cdiv(channels, GRADIENT["BLOCK"])
-    window = min(triton.cdiv(WINDOW // batch, CHUNK), triton.cdiv(steps, CHUNK)) * CHUNK
+    window = triton.cdiv(min(max(steps // WINDOWS, WINDOW // batch, 1), steps), CHUNK) * CHUNK
     parts, split = _split(window, batch * blocks * GRADIENT["num_warps"], WARPS["backward"], x.device)
     dA = saved.new_zeros(batch, parts, channels, states)
     dD, dbias = (saved.new_zeros(batch, parts, channels) for _ in range(2))
@@ -578,7 +603,7 @@ def _backward(
         )  # fmt: skip
         torch.sum(pieces[:, :, : end - begin], 0, out=dBC[:, begin:end])
         adjoint = ends[:, 0].contiguous()
-    dB, dC = (part.to(B.dtype, copy=True) for part in dBC[..., :states].unbind(2))
+    dB, dC = (part.to(like.dtype, copy=True) for part, like in zip(dBC[..., :states].unbind(2), (B, C), strict=True))
     sums = (dA, A), (dD, D), (dbias, delta_bias)
     dA, dD, dbias = (None if vector is None else pieces.sum((0, 1)).to(vector.dtype) for pieces, vector in sums)
     grads = dx, ddelta, dA, dB, dC, dD, None if z is None else dz, dbias
