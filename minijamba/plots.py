@@ -186,6 +186,47 @@ def loss_curves(steps, curves: dict, ylabel: str = "loss in nats a token") -> Fi
     return axes.figure
 
 
+def roofline(programs: dict, bytes_per_second: float, operations_per_second: float, work: str = "operations") -> Figure:
+    """The highest speed possible against the operations done for each byte moved, both axes in powers of ten.
+
+    Left of the ridge the bytes limit a program, right of it its operations do.
+
+    programs: name -> (operations a byte, operations a second), one dot each; work: what the operations are.
+    """
+    axes = _axes(xlabel=f"{work} a byte moved", ylabel=f"{work} a second")
+    ridge = operations_per_second / bytes_per_second
+    places = [ridge, *(intensity for intensity, _ in programs.values())]
+    ends = np.array([min(places) / 4, ridge, max(places) * 4])
+    roof = np.minimum(bytes_per_second * ends, operations_per_second)
+    black, *colours = colours_of(["roof", *programs])
+    axes.plot(ends, roof, color=black, label=f"the roof: bytes, then {work}")
+    for (name, (intensity, speed)), colour in zip(programs.items(), colours, strict=True):
+        axes.plot(intensity, speed, "o", color=colour, markersize=8, label=name)
+    axes.set(xscale="log", yscale="log")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return axes.figure
+
+
+def race(cases, times: dict, floors: dict | None = None, ylabel: str = "milliseconds", title: str = "") -> Figure:
+    """Programs side by side, case by case. Above a bar stands how many times as long as the first program it takes.
+
+    cases: k names; times: up to 4 programs -> (k,), NaN where not measured; floors: up to 3 names -> (k,), as lines.
+    """
+    axes = _axes(width=max(4.5, 2.2 + 0.85 * len(cases)), ylabel=ylabel)
+    places, width, first = np.arange(len(cases)), 0.8 / len(times), np.array(next(iter(times.values())), float)
+    for i, ((name, values), colour) in enumerate(zip(times.items(), (COLOURS["mamba"], *FREE[1:]), strict=False)):
+        bars = axes.bar(places + (i + 0.5) * width - 0.4, values, 0.92 * width, color=colour, label=name)
+        ratios = np.array(values, float) / first
+        axes.bar_label(bars, ["" if np.isnan(ratio) or i == 0 else f"{ratio:.1f}×" for ratio in ratios], fontsize=8)
+    for (name, values), style in zip((floors or {}).items(), ("-", ":", "--"), strict=False):
+        axes.hlines(values, places - 0.45, places + 0.45, color="white", linewidth=2.5)  # seen on dark bars
+        axes.hlines(values, places - 0.45, places + 0.45, color="black", linestyle=style, linewidth=1.5, label=name)
+    axes.set_xticks(places, cases)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return axes.figure
+
+
 def attention_map(weights, labels=None) -> Figure:
     """How much each query (row) attends to each key (column), from white at 0 to full colour at the largest weight.
 

@@ -19,7 +19,7 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 @contextmanager
 def use_rung(rung: str) -> Iterator[None]:
-    """Run everything inside the block on one rung.
+    """Run everything inside the block on one rung; with "fused", what has no kernel runs on its fastest.
 
     >>> with use_rung("naive"):
     ...     logits = model(tokens)
@@ -58,11 +58,14 @@ def choose(component: str, rung: str, implementations: dict[str, Callable], devi
     """
     if rung == "auto":
         rung = _default
+        # A block asks for kernels wherever there are some.
+        if rung == "fused" and rung not in implementations and why_no_kernels(device) is None:
+            rung = "auto"
     if rung == "auto":
         rung = fastest(implementations, device)
         if device.type == "cuda" and rung != "fused" and component not in _told:
             _told.add(component)
-            reason = why_no_kernels(device) or "there is no kernel for this case"
+            reason = why_no_kernels(device) or "it has none yet"
             warnings.warn(f"{component}: the {rung} rung runs instead of a fused kernel; {reason}", stacklevel=3)
     if rung not in implementations:
         reason = why_no_kernels(device) if rung == "fused" else None

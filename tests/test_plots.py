@@ -143,6 +143,41 @@ def test_expert_load_and_attention_map():
     assert_rejects(check_map, CAUSAL.T)
 
 
+def test_roofline_bends_where_both_limits_meet():
+    programs = {"slow": (0.5, 1e12), "fast": (8.0, 6e12)}
+
+    def check(bytes_per_second, operations_per_second):
+        axes = plots.roofline(programs, bytes_per_second, operations_per_second, "products").axes[0]
+        roof, *dots = axes.lines
+        (x0, ridge, x2), (y0, top, y2) = roof.get_data()
+        assert_matches([ridge, top, y2, y0 / x0], [3.0, 6e12, 6e12, 2e12], 1e-12)
+        assert x0 < 0.5 and x2 > 8
+        assert [(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots] == list(programs.values())
+        assert axes.get_xlabel() == "products a byte moved"
+
+    check(2e12, 6e12)
+    assert_rejects(lambda rates: check(*rates), (6e12, 2e12), (2e12, 5e12))
+
+
+def test_race_compares_with_the_first():
+    times = {"ours": [1.0, 2.0, 4.0], "theirs": [3.0, 5.0, np.nan], "others": [2.0, np.nan, 8.0]}
+    floors = {"bytes": [0.5, 1.0, 2.0], "work": [0.75, 1.5, 3.0]}
+
+    def check(times):
+        axes = plots.race(["1 x 2K", "1 x 4K", "1 x 8K"], times, floors, "µs", "forward").axes[0]
+        heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+        assert heights[0] == [1, 2, 4] and heights[1][:2] == [3, 5] and np.isnan(heights[1][2])
+        assert [text.get_text() for text in axes.texts] == ["", "", "", "3.0×", "2.5×", "", "2.0×", "", "2.0×"]
+        assert colour(axes.containers[0][0]) == plots.COLOURS["mamba"]
+        lines = [lines for lines in axes.collections if not lines.get_label().startswith("_")]
+        drawn = {line.get_label(): [segment[0, 1] for segment in line.get_segments()] for line in lines}
+        assert drawn == floors
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1 x 2K", "1 x 4K", "1 x 8K"]
+
+    check(times)
+    assert_rejects(check, times | {"ours": [1.0, 2.0, 4.5]}, {"theirs": times["theirs"], **times})
+
+
 COLOUR_BLINDNESS = {  # on linear RGB: Machado, Oliveira and Fernandes 2009, full severity
     "none": np.eye(3),
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],

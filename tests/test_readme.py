@@ -65,8 +65,9 @@ def claim_about_scan_cuda(measurement):
     return (
         f"{measurement['device']}: a scan over 262144 steps takes {ours('forward', 1, 262144):.1f} ms, mamba-ssm's "
         f"kernel {times('forward', 1, 262144)} times that, and {times('forward', 1, 2048)} times over 2048 steps; "
-        f"with gradients over 32768 steps {times('forward + backward', 1, 32768)} times, "
-        f"in {times('peak memory of forward + backward', 1, 32768)} times the memory."
+        f"with gradients {times('forward + backward', 1, 32768)} times over 32768 steps and "
+        f"{times('forward + backward', 1, 2048)} times over 2048, with "
+        f"{times('peak memory of forward + backward', 1, 32768)} times our memory."
     )
 
 
@@ -74,7 +75,7 @@ def claim_about_conv_cuda(measurement):
     ours, times = beside(measurement, "causal-conv1d, channel last")
     return (
         f"{measurement['device']}: a convolution over 32768 steps takes {ours('forward', 1, 32768):.2f} ms, "
-        f"causal-conv1d's kernel {times('forward', 1, 32768)} times that; with gradients "
+        f"causal-conv1d's kernel for the same layout {times('forward', 1, 32768)} times that; with gradients "
         f"{times('forward + backward', 1, 32768)} times."
     )
 

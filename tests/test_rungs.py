@@ -53,7 +53,7 @@ def test_unknown_rung_names_the_choices():
 def test_a_missing_kernel_is_said_once_a_component(monkeypatch):
     monkeypatch.setattr(rungs, "_told", set())
     monkeypatch.setattr(rungs, "why_no_kernels", lambda device: None)
-    with pytest.warns(UserWarning, match="scan: the parallel rung runs instead of a fused kernel; there is no kernel"):
+    with pytest.warns(UserWarning, match="scan: the parallel rung runs instead of a fused kernel; it has none yet"):
         choose("scan", "auto", LADDER, GPU)
     with pytest.warns(UserWarning, match="conv"):
         choose("conv", "auto", LADDER, GPU)
@@ -75,3 +75,16 @@ def test_a_fused_rung_that_cannot_run_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(rungs, "_TRITON", False)
     with pytest.raises(ValueError, match="pip install triton"):
         choose("scan", "fused", LADDER, GPU)
+
+
+def test_a_block_of_kernels_takes_the_fastest_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(rungs, "_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with use_rung("fused"):
+        assert choose("scan", "auto", WITH_KERNEL, CPU) == "the hardware"
+        assert choose("moe", "auto", LADDER, CPU) == "the algorithm"
+        with pytest.raises(ValueError, match="moe has no rung 'fused'"):
+            choose("moe", "fused", LADDER, CPU)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with use_rung("fused"), pytest.raises(ValueError, match="tensors on a GPU"):
+        choose("moe", "auto", LADDER, CPU)

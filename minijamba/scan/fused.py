@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
-ENDLESS = tl.constexpr(1e30)  # a step so long that every state decays to zero: the start of a new document
+ENDLESS = tl.constexpr(1e30)  # a step so long that every state decays to zero, as A < 0: a new document starts
 
 
 # What kernels are made of.
@@ -456,6 +456,7 @@ def _gradient_kernel(
                 if D is not None:
                     y_ += D_[:, None] * x_
                 tl.store(dz + here * dz_t, dout * y_ * gate * (1 + z_ * (1 - gate)), mask=now)
+        tl.debug_barrier()
     tl.store(dstate + place * size + of_state, g, mask=real)
     tl.store(dA + place * size + of_state, dA_, mask=real)
     of_channel = place * channels + c
@@ -576,7 +577,7 @@ def _backward(
 
     tiling, N = _tiling(states), triton.next_power_of_2(states)
     blocks = triton.cdiv(channels, GRADIENT["BLOCK"])
-    window = triton.cdiv(min(max(steps // WINDOWS, WINDOW // batch, 1), steps), CHUNK) * CHUNK
+    window = triton.cdiv(min(max(steps // WINDOWS, WINDOW // max(batch, 1), 1), steps), CHUNK) * CHUNK
     parts, split = _split(window, batch * blocks * GRADIENT["num_warps"], WARPS["backward"], x.device)
     dA = saved.new_zeros(batch, parts, channels, states)
     dD, dbias = (saved.new_zeros(batch, parts, channels) for _ in range(2))
@@ -669,7 +670,7 @@ def _resets(segments: Tensor | None) -> Tensor | None:
 def _split(steps: int, warps: int, wanted: int, device: torch.device) -> tuple[int, int]:
     """How many parts to split the time into, so that every SM has the wanted warps; and the steps of a part."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    parts = min(max(wanted * processors // warps, 1), triton.cdiv(steps, CHUNK))
+    parts = min(max(wanted * processors // max(warps, 1), 1), triton.cdiv(steps, CHUNK))
     split = triton.cdiv(triton.cdiv(steps, parts), CHUNK) * CHUNK
     return triton.cdiv(steps, split), split
 

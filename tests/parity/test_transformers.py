@@ -9,11 +9,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import JambaForCausalLM
+from transformers.models.jamba import modeling_jamba as jamba
 
 import minijamba as mj
 from minijamba import attention, moe
 from minijamba.cache import KeyValues, MambaState
 from minijamba.mamba import Mamba
+from minijamba.scan import selective_scan_fn
 from minijamba.testing import assert_matches, assert_rejects
 
 # Both run in float32 and add the same numbers in another order: a few units in the last place (6e-8) for each of the
@@ -356,6 +358,36 @@ def test_bfloat16(make_pair):
 
     check(unchanged)
     assert_rejects(check, *(spoil for spoil in WRONG if spoil is not renormalised_router))
+
+
+@torch.no_grad()
+def test_theirs_runs_on_our_kernels(base, monkeypatch):
+    """With the line that `selective_scan_fn` documents: logits, and generation that goes on from our state."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    line = next(line.strip() for line in selective_scan_fn.__doc__.splitlines() if "mamba_selective_scan =" in line)
+    theirs, tokens = copy.deepcopy(base.theirs).to(device), draw(base.config, 2, 5).to(device)
+    pair = Pair(theirs, base.ours)
+    logits, replies = theirs(tokens, use_cache=False).logits, their_greedy(pair, tokens)
+
+    def check(scan):
+        calls = []
+
+        def counted(*args, **kwargs):
+            calls.append(scan)
+            return scan(*args, **kwargs)
+
+        monkeypatch.setattr(jamba, "mamba_selective_scan", None)
+        exec(line, {"jamba": jamba, "selective_scan_fn": counted})
+        assert_matches(theirs(tokens, use_cache=False).logits, logits, FLOAT32, "logits")
+        assert len(calls) == base.config.schedule.count("m")
+        assert_matches(their_greedy(pair, tokens), replies, 0, "tokens")
+
+    def B_and_C_exchanged(u, delta, A, B, C, **kwargs):
+        return selective_scan_fn(u, delta, A, C, B, **kwargs)
+
+    with mj.use_rung("fused"):
+        check(selective_scan_fn)
+    assert_rejects(check, B_and_C_exchanged)
 
 
 @torch.no_grad()
