@@ -154,14 +154,15 @@ def _forward_kernel(
     SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Run a split of time from its state: outputs y (if not None), the states at chunk starts (saved), at the end."""
+    """Run a part of time from its state: outputs y (if not None), the states at chunk starts (saved), at the end."""
     wide = state.dtype.element_ty
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     K: tl.constexpr = N // W
     k, w, t = tl.arange(0, K), tl.arange(0, W), tl.arange(0, T)
     n = k[:, None] + K * w[None, :]
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    part, parts = tl.program_id(1), tl.num_programs(1)
+    # Where only the ends count, the last part is left out: nothing starts from its end.
+    part, parts = tl.program_id(1), tl.num_programs(1) + (1 if y is None else 0)
     b = tl.program_id(2).to(tl.int64)
     first = part * split
     last = tl.minimum(first + split, steps)
@@ -244,14 +245,14 @@ def _adjoint_kernel(
     delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, BC_b,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Run a split of time backwards from an adjoint of zero: outputs the adjoint before its first step."""
+    """Run a part of time backwards from an adjoint of zero: outputs the adjoint before its first step."""
     wide = ends.dtype.element_ty
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     K: tl.constexpr = N // W
     k, w, t = tl.arange(0, K), tl.arange(0, W), tl.arange(0, T)
     n = k[:, None] + K * w[None, :]
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    part, parts = tl.program_id(1), tl.num_programs(1)
+    part, parts = tl.program_id(1) + 1, tl.num_programs(1) + 1  # nothing ends in the first
     b = tl.program_id(2).to(tl.int64)
     first = begin + part * split
     last = tl.minimum(first + split, end)
@@ -316,7 +317,7 @@ def _gradient_kernel(
     dx_b, dx_t, dx_c, ddelta_b, ddelta_t, ddelta_c, dz_b, dz_t, dz_c, BC_b, dBC_b,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Walk a split of time from its last chunk to its first, given the states before chunks and the adjoint behind."""
+    """Walk a part of time from its last chunk to its first, given the states before chunks and the adjoint behind."""
     wide = saved.dtype.element_ty
     LANES: tl.constexpr = N // 4 if N > 4 else 1
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
@@ -466,10 +467,10 @@ def _gradient_kernel(
 
 @triton.jit
 def _chain_kernel(
-    A, ends, spans, carry, starts, splits, channels, states,
+    A, ends, spans, carry, starts, parts, channels, states,
     BACKWARDS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From what each split makes of zero (ends) to what each split starts from, given what the first starts from."""
+    """From what each part makes of zero (ends) to what each part starts from, given what the first starts from."""
     wide = ends.dtype.element_ty
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = tl.program_id(1).to(tl.int64)
@@ -480,11 +481,12 @@ def _chain_kernel(
     size = channels * states
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
     h = tl.load(carry + b * size + of_state, mask=real)
-    for i in range(splits):
-        k = splits - 1 - i if BACKWARDS else i
-        tl.store(starts + (b * splits + k) * size + of_state, h, mask=real)
-        span = tl.load(spans + (b * splits + k) * channels + c, mask=channel, other=0)
-        h = tl.exp2(span[None, :] * A_) * h + tl.load(ends + (b * splits + k) * size + of_state, mask=real)
+    for i in range(parts):
+        place = b * parts + (parts - 1 - i if BACKWARDS else i)
+        tl.store(starts + place * size + of_state, h, mask=real)
+        if i + 1 < parts:
+            span = tl.load(spans + place * channels + c, mask=channel, other=0)
+            h = tl.exp2(span[None, :] * A_) * h + tl.load(ends + place * size + of_state, mask=real, other=0)
 
 
 # Launching them.
@@ -526,7 +528,7 @@ def _forward(
 
     def launch(parts, split, state, y, saved, ends, spans):
         gate = None if y is None else z
-        _forward_kernel[blocks, parts, batch](
+        _forward_kernel[blocks, parts - (y is None), batch](
             x, delta, A, BC, D, gate, delta_bias, resets, state, y, saved, ends, spans, steps, split, channels, states,
             *x.stride(), *delta.stride(), *_strides(gate), *_strides(y), BC.stride(0),
             SOFTPLUS=delta_softplus, CHUNK=CHUNK, **tiling,
@@ -592,7 +594,7 @@ def _backward(
         if here == 1:
             starts = adjoint
         else:
-            _adjoint_kernel[triton.cdiv(channels, BLOCK), here, batch](
+            _adjoint_kernel[triton.cdiv(channels, BLOCK), here - 1, batch](
                 delta, A_, BC, z, bias, resets, dy, ends, spans, *time,
                 *delta.stride(), *_strides(z), *dy.stride(), BC.stride(0), SOFTPLUS=delta_softplus, **tiling,
             )  # fmt: skip
