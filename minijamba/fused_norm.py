@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rungs import ceil_div
+
 # Rows that one program works on, and its warps of 32 threads.
 TILE = {"ROWS": 8, "num_warps": 4}
 
@@ -19,7 +21,7 @@ def rms_norms(x: Tensor, weights: list[Tensor], eps: float) -> list[Tensor]:
 def _norms(x: Tensor, weights: list[Tensor], eps: float) -> list[Tensor]:
     rows = x.numel() // x.shape[-1]
     parts = [x.new_empty(*x.shape[:-1], len(weight)) for weight in weights]
-    _forward[triton.cdiv(rows, TILE["ROWS"]),](
+    _forward[ceil_div(rows, TILE["ROWS"]),](
         x.contiguous(), tuple(weights), tuple(parts), eps, rows, x.shape[-1],
         SIZES=_sizes(weights), WIDE=_wide(x), **TILE,
     )  # fmt: skip
@@ -29,7 +31,7 @@ def _norms(x: Tensor, weights: list[Tensor], eps: float) -> list[Tensor]:
 @torch.library.custom_op("minijamba::rms_norms_backward", mutates_args=())
 def _norms_backward(dparts: list[Tensor], x: Tensor, weights: list[Tensor], eps: float) -> tuple[Tensor, list[Tensor]]:
     rows = x.numel() // x.shape[-1]
-    programs = triton.cdiv(rows, TILE["ROWS"])
+    programs = ceil_div(rows, TILE["ROWS"])
     dx = x.new_empty(x.shape)
     # Each program's part of the weights' gradients in a row of its own, then one sum: the same at every run.
     dweights = x.new_empty(programs, x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))

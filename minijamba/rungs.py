@@ -49,6 +49,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks cover a size: the grids of kernels. triton.cdiv does the same and takes microseconds."""
+    return -(-size // block)
+
+
 def choose(component: str, rung: str, implementations: dict[str, Callable], device: torch.device) -> Callable:
     """The implementation to run, from a dictionary ordered slowest first.
 

@@ -11,7 +11,8 @@ from minijamba.testing import assert_rejects
 PACKAGE = Path(minijamba.__file__).parent
 # From the ground up; a module imports only from rows below its own. "minijamba" is the package's own __init__.
 LEVELS = [
-    "config norm fused_norm testing plots rungs tokenizer",
+    "config norm testing plots rungs tokenizer",
+    "fused_norm",
     "scan conv moe mlp cache budget data",
     "attention mamba",
     "block",

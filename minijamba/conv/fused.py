@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..rungs import ceil_div
+
 # What one program works on, and its warps of 32 threads.
 FORWARD = {"T": 64, "C": 512, "AHEAD": 8, "num_warps": 4}
 BACKWARD = {"T": 128, "C": 512, "AHEAD": 4, "num_warps": 4}
@@ -38,7 +40,7 @@ def step(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activat
 def _token(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
     y = torch.empty_like(x)
     batch, channels = x.shape
-    _step[triton.cdiv(channels, STEP["C"]), batch](
+    _step[ceil_div(channels, STEP["C"]), batch](
         window, window.stride(), x, x.stride(), weight.contiguous(), _dense(bias), y, y.stride(), channels,
         WIDTH=weight.shape[1], ACTIVATION=activation, WIDE=_wide(x), **STEP,
     )  # fmt: skip
@@ -58,7 +60,7 @@ def _conv(
 ) -> Tensor:
     batch, steps, channels = x.shape
     y = torch.empty_like(x)
-    tiles = triton.cdiv(steps, FORWARD["T"]) * triton.cdiv(channels, FORWARD["C"])
+    tiles = ceil_div(steps, FORWARD["T"]) * ceil_div(channels, FORWARD["C"])
     _forward[tiles, batch](
         x, x.stride(), state, _strides(state), documents, weight.contiguous(), _dense(bias), y, y.stride(),
         steps, channels, WIDTH=weight.shape[1], ACTIVATION=activation, WIDE=_wide(x), **FORWARD,
@@ -73,12 +75,12 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and state; empty for a bias or state that is None."""
     batch, steps, channels = x.shape
-    width, tiles = weight.shape[1], triton.cdiv(steps, BACKWARD["T"])
+    width, tiles = weight.shape[1], ceil_div(steps, BACKWARD["T"])
     dx, dstate = torch.empty_like(x), torch.empty_like(x[:, :0] if state is None else state)
     # Every program leaves its part of the filters' gradients in a row of its own. Their sum is always the same sum,
     # which atomic additions, in the order that programs happen to end, would not be.
     parts = x.new_empty(batch, tiles, width + 1, channels, dtype=torch.promote_types(x.dtype, torch.float32))
-    _backward[tiles * triton.cdiv(channels, BACKWARD["C"]), batch](
+    _backward[tiles * ceil_div(channels, BACKWARD["C"]), batch](
         x, x.stride(), state, _strides(state), documents, weight.contiguous(), _dense(bias), dy, dy.stride(),
         dx, dx.stride(), dstate, dstate.stride(), parts, steps, channels,
         WIDTH=width, ACTIVATION=activation, WIDE=_wide(x), **BACKWARD,

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..rungs import ceil_div
+
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
 ENDLESS = tl.constexpr(1e30)  # a step so long that every state decays to zero, as A < 0: a new document starts
 
@@ -524,7 +526,7 @@ def _forward(
     BC, resets = _pack(B, C, state.dtype), _resets(segments)
     y, last, saved = _outputs(x, state, remember)
     tiling = _tiling(states)
-    blocks = triton.cdiv(channels, BLOCK)
+    blocks = ceil_div(channels, BLOCK)
 
     def launch(parts, split, state, y, saved, ends, spans):
         gate = None if y is None else z
@@ -577,9 +579,9 @@ def _backward(
     BC, resets = _pack(B, C, saved.dtype), _resets(segments)
     dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), torch.empty_like(x if z is None else z)
 
-    tiling, N = _tiling(states), triton.next_power_of_2(states)
-    blocks = triton.cdiv(channels, GRADIENT["BLOCK"])
-    window = triton.cdiv(min(max(steps // WINDOWS, WINDOW // max(batch, 1), 1), steps), CHUNK) * CHUNK
+    tiling, N = _tiling(states), _power_of_2(states)
+    blocks = ceil_div(channels, GRADIENT["BLOCK"])
+    window = ceil_div(min(max(steps // WINDOWS, WINDOW // max(batch, 1), 1), steps), CHUNK) * CHUNK
     parts, split = _split(window, batch * blocks * GRADIENT["num_warps"], WARPS["backward"], x.device)
     dA = saved.new_zeros(batch, parts, channels, states)
     dD, dbias = (saved.new_zeros(batch, parts, channels) for _ in range(2))
@@ -588,13 +590,13 @@ def _backward(
     scratch = saved.new_empty(batch * parts * blocks * CHUNK // GRADIENT["T"] * N * GRADIENT["BLOCK"])
     for begin in reversed(range(0, steps, window)):
         end = min(begin + window, steps)
-        here = triton.cdiv(end - begin, split)
+        here = ceil_div(end - begin, split)
         time = steps, begin, end, split, channels, states
         starts, ends, spans = _between(adjoint, here)
         if here == 1:
             starts = adjoint
         else:
-            _adjoint_kernel[triton.cdiv(channels, BLOCK), here - 1, batch](
+            _adjoint_kernel[ceil_div(channels, BLOCK), here - 1, batch](
                 delta, A_, BC, z, bias, resets, dy, ends, spans, *time,
                 *delta.stride(), *_strides(z), *dy.stride(), BC.stride(0), SOFTPLUS=delta_softplus, **tiling,
             )  # fmt: skip
@@ -637,7 +639,7 @@ _operator.register_autograd(_gradients, setup_context=_remember_inputs)
 def _tiling(states: int) -> dict[str, int]:
     """How a program of the scans is cut: W warps share the states of its channels, and a tile of T steps is unrolled
     as long as its rows of B and C fit the registers."""
-    N = triton.next_power_of_2(states)
+    N = _power_of_2(states)
     W = min(N, 4)
     return {"N": N, "W": W, "BLOCK": BLOCK, "T": min(16, 64 * W // N), "num_warps": W}
 
@@ -648,7 +650,7 @@ def _pack(B: Tensor, C: Tensor, wide: torch.dtype) -> Tensor:
     Returns (b, t+, N) int32, each a pair of bfloat16, or (b, t+, 2, N) in the state's dtype.
     """
     batch, steps, states = B.shape
-    shape = batch, triton.cdiv(steps, 16) * 16, triton.next_power_of_2(states)
+    shape = batch, ceil_div(steps, 16) * 16, _power_of_2(states)
     if B.dtype == C.dtype == torch.bfloat16:
         if shape[1:] == (steps, states):
             return torch.stack((B, C), -1).view(torch.int32).squeeze(3)
@@ -672,9 +674,9 @@ def _resets(segments: Tensor | None) -> Tensor | None:
 def _split(steps: int, warps: int, wanted: int, device: torch.device) -> tuple[int, int]:
     """How many parts to split the time into, so that every SM has the wanted warps; and the steps of a part."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    parts = min(max(wanted * processors // max(warps, 1), 1), triton.cdiv(steps, CHUNK))
-    split = triton.cdiv(triton.cdiv(steps, parts), CHUNK) * CHUNK
-    return triton.cdiv(steps, split), split
+    parts = min(max(wanted * processors // max(warps, 1), 1), ceil_div(steps, CHUNK))
+    split = ceil_div(ceil_div(steps, parts), CHUNK) * CHUNK
+    return ceil_div(steps, split), split
 
 
 def _between(state: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -686,10 +688,15 @@ def _between(state: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _chain(A: Tensor, ends: Tensor, spans: Tensor, state: Tensor, starts: Tensor, backwards: bool = False) -> None:
     batch, parts, channels, states = starts.shape
-    _chain_kernel[triton.cdiv(channels, 16), batch](
+    _chain_kernel[ceil_div(channels, 16), batch](
         A, ends, spans, state, starts, parts, channels, states,
-        BACKWARDS=backwards, N=triton.next_power_of_2(states), BLOCK=16,
+        BACKWARDS=backwards, N=_power_of_2(states), BLOCK=16,
     )  # fmt: skip
+
+
+def _power_of_2(size: int) -> int:
+    """The next one, as triton.next_power_of_2."""
+    return 1 << (size - 1).bit_length()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fused_norm import read_row, read_rows, rms_norm
+from ..rungs import ceil_div
 from .fused import _sigmoid, _softplus
 
 # Channels (BLOCK) and sequences (ROWS) that one program works on, and its warps of 32 threads.
@@ -50,7 +51,7 @@ def _token(
     )
     batch, channels, states = state.shape
     y, dense = x.new_empty(x.shape), state.contiguous()
-    _step[triton.cdiv(channels, STEP["BLOCK"]), batch](
+    _step[ceil_div(channels, STEP["BLOCK"]), batch](
         dense, x, delta, A.contiguous(), B, C, D, z, delta_bias, y, batch, channels,
         x.stride(0), delta.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0),
         STATES=states, SOFTPLUS=delta_softplus, **STEP,
@@ -67,7 +68,7 @@ def _selected_token(
     y, dense = x.new_empty(x.shape), state.contiguous()
     rank = dt_weight.shape[1]
     sizes = TOGETHER if batch >= FEW and rank >= TILE and x.element_size() == 2 else ALONE
-    _select_and_step[triton.cdiv(channels, sizes["BLOCK"]), triton.cdiv(batch, sizes["ROWS"])](
+    _select_and_step[ceil_div(channels, sizes["BLOCK"]), ceil_div(batch, sizes["ROWS"])](
         dense, x, z, selected, *norms, eps, dt_weight, dt_bias, A_log, D, y, batch, channels,
         x.stride(0), z.stride(0), selected.stride(0), STATES=states, RANK=rank, **sizes,
     )  # fmt: skip
