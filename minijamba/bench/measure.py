@@ -25,6 +25,10 @@ SPECIAL = 16  # exponentials a clock and multiprocessor, on all GPUs since Volta
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
+class CannotCapture(Exception):
+    """This program, or this device, cannot record a step in a CUDA graph; the run goes on without the figure."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all sides of a run have in common."""
@@ -181,9 +185,9 @@ def decode(side: Side, arguments: list[Tensor]) -> Callable[[], list[Tensor]]:
 
 
 def decode_in_graph(side: Side, arguments: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """The decoding step recorded once and replayed. Raises: NotImplementedError where that is not possible."""
+    """The decoding step recorded once and replayed. Raises: CannotCapture."""
     if arguments[0].device.type != "cuda":
-        raise NotImplementedError("CUDA graphs need a GPU")
+        raise CannotCapture("CUDA graphs need a GPU")
     call, stream, graph = decode(side, arguments), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -194,7 +198,7 @@ def decode_in_graph(side: Side, arguments: list[Tensor]) -> Callable[[], list[Te
         with torch.cuda.graph(graph):
             outputs = call()
     except RuntimeError as error:
-        raise NotImplementedError(f"cannot be captured in a CUDA graph: {error}") from error
+        raise CannotCapture(f"cannot be captured in a CUDA graph: {error}") from error
 
     def replay():
         graph.replay()
@@ -237,7 +241,7 @@ def ready(run: Run, work, arguments: list[Tensor], sets: int = 1) -> tuple[dict,
     for side in run.sides:
         try:
             calls[side.name], outputs, functions = _first_call(side, work, arguments)
-        except NotImplementedError as error:
+        except CannotCapture as error:
             run.left_out[f"{side.name}, {work.__name__}"] = str(error)
             continue
         expected = expected or outputs

@@ -1,4 +1,4 @@
-"""The selective scan as Triton kernels: every input is read once, every output written once, no state leaves the chip.
+"""The selective scan as Triton kernels, which keep the states in registers.
 
 The recurrence is per channel and per state, so a program takes a block of channels with all their states, keeps the
 states in registers and walks along time. On its way it meets two kinds of work:
@@ -11,9 +11,9 @@ states in registers and walks along time. On its way it meets two kinds of work:
 Sums cross threads, which costs more than the arithmetic if it is done for every step. So a thread adds up what it
 holds, and the parts of a whole tile are exchanged at once (`_over_states`, `_over_channels`): again `_rows`.
 
-Backward needs the states again. The forward pass keeps one in CHUNK steps, and the gradient kernel, walking from the
-last chunk to the first, computes the ones between. What it carries backwards in time is the adjoint, the gradient of
-the loss with respect to the state; it obeys the same recurrence with time reversed:
+Backward needs the states again. The forward pass keeps one in CHUNK steps for it, and the gradient kernel, walking from
+the last chunk to the first, computes the ones between. What it carries backwards in time is the adjoint, the gradient
+of the loss with respect to the state; it obeys the same recurrence with time reversed:
 
     adjoint_{t-1} = exp2(delta_t A) (adjoint_t + dy_t C_t)
 
@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rungs import ceil_div
+from .parallel import starts as document_starts
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
 ENDLESS = tl.constexpr(1e30)  # a step so long that every state decays to zero, as A < 0: a new document starts
@@ -54,6 +55,12 @@ def _softplus(v):
 @triton.jit
 def _sigmoid(v):
     return 1 / (1 + tl.exp2(-v * LOG2E))
+
+
+@triton.jit
+def _at(x, x_b, x_t, x_c, b, start, c, t):
+    """Where the steps start + t of channels c stand in memory: pointers (c, T). Numbers pass 2^31: b, start int64."""
+    return x + b * x_b + start * x_t + c.to(tl.int64)[:, None] * x_c + t[None, :] * x_t
 
 
 @triton.jit
@@ -179,14 +186,14 @@ def _forward_kernel(
     D_ = None if D is None else tl.load(D + c, mask=channel, other=0).to(wide)
     span = tl.zeros((BLOCK,), wide)
 
-    begin, c_ = first.to(tl.int64), c.to(tl.int64)[:, None]
-    x += b * x_b + begin * x_t + c_ * x_c + t[None, :] * x_t
-    delta += b * delta_b + begin * delta_t + c_ * delta_c + t[None, :] * delta_t
+    begin = first.to(tl.int64)
+    x = _at(x, x_b, x_t, x_c, b, begin, c, t)
+    delta = _at(delta, delta_b, delta_t, delta_c, b, begin, c, t)
     BC += b * BC_b + begin * ROW
     if y is not None:
-        y += b * y_b + begin * y_t + c_ * y_c + t[None, :] * y_t
+        y = _at(y, y_b, y_t, y_c, b, begin, c, t)
     if z is not None:
-        z += b * z_b + begin * z_t + c_ * z_c + t[None, :] * z_t
+        z = _at(z, z_b, z_t, z_c, b, begin, c, t)
 
     inside = channel[:, None] & (first + t < last)[None, :]
     x_next = tl.load(x, mask=inside, other=0)
@@ -268,20 +275,21 @@ def _adjoint_kernel(
     bias_ = None if bias is None else tl.load(bias + c, mask=channel, other=0).to(wide)
     span = tl.zeros((BLOCK,), wide)
 
-    start = first + (tl.cdiv(last - first, T) - 1) * T
-    at, c_ = start.to(tl.int64), c.to(tl.int64)[:, None]
-    delta += b * delta_b + at * delta_t + c_ * delta_c + t[None, :] * delta_t
-    dy += b * dy_b + at * dy_t + c_ * dy_c + t[None, :] * dy_t
+    latest = first + (tl.cdiv(last - first, T) - 1) * T
+    at = latest.to(tl.int64)
+    delta = _at(delta, delta_b, delta_t, delta_c, b, at, c, t)
+    dy = _at(dy, dy_b, dy_t, dy_c, b, at, c, t)
     BC += b * BC_b + at * ROW
     if z is not None:
-        z += b * z_b + at * z_t + c_ * z_c + t[None, :] * z_t
+        z = _at(z, z_b, z_t, z_c, b, at, c, t)
 
-    inside = channel[:, None] & (start + t < last)[None, :]
+    inside = channel[:, None] & (latest + t < last)[None, :]
     delta_next = tl.load(delta, mask=inside, other=0)
     dy_next = tl.load(dy, mask=inside, other=0)
     if z is not None:
         z_next = tl.load(z, mask=inside, other=0)
-    for back in range(0, last - first, T):  # noqa: B007
+    for back in range(0, last - first, T):
+        start = latest - back
         rows = _fetch(BC, n, T, N)
         BC -= T * ROW
         delta_, dy_, now = delta_next.to(wide), dy_next.to(wide), inside
@@ -305,7 +313,6 @@ def _adjoint_kernel(
             delta_i, dy_i = tl.split(steps_[i])
             _, C_i = _pair(rows[i])
             g = tl.exp2(delta_i[None, :, None] * A_) * (g + dy_i[None, :, None] * C_i[:, None, :])
-        start -= T
     tl.store(ends + (b * parts + part) * size + of_state, g, mask=real)
     tl.store(spans + (b * parts + part) * channels + c, span, mask=channel)
 
@@ -343,15 +350,14 @@ def _gradient_kernel(
     dD_ = tl.zeros((BLOCK, T), wide)
     dbias_ = tl.zeros((BLOCK, T), wide)
 
-    c_, t_ = c.to(tl.int64)[:, None], t[None, :]
-    x += b * x_b + c_ * x_c + t_ * x_t
-    delta += b * delta_b + c_ * delta_c + t_ * delta_t
-    dy += b * dy_b + c_ * dy_c + t_ * dy_t
-    dx += b * dx_b + c_ * dx_c + t_ * dx_t
-    ddelta += b * ddelta_b + c_ * ddelta_c + t_ * ddelta_t
+    x = _at(x, x_b, x_t, x_c, b, 0, c, t)
+    delta = _at(delta, delta_b, delta_t, delta_c, b, 0, c, t)
+    dy = _at(dy, dy_b, dy_t, dy_c, b, 0, c, t)
+    dx = _at(dx, dx_b, dx_t, dx_c, b, 0, c, t)
+    ddelta = _at(ddelta, ddelta_b, ddelta_t, ddelta_c, b, 0, c, t)
     if z is not None:
-        z += b * z_b + c_ * z_c + t_ * z_t
-        dz += b * dz_b + c_ * dz_c + t_ * dz_t
+        z = _at(z, z_b, z_t, z_c, b, 0, c, t)
+        dz = _at(dz, dz_b, dz_t, dz_c, b, 0, c, t)
     BC += b * BC_b
     dBC += (tl.program_id(0) * tl.num_programs(2) + b) * dBC_b + n[:, None] + t[None, :] * (2 * N)
     scratch += (place * tl.num_programs(0) + tl.program_id(0)) * (CHUNK // T * N * BLOCK)
@@ -558,7 +564,7 @@ def _(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, segments, reme
 
 
 def _outputs(x: Tensor, state: Tensor, remember: bool) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = -(-x.shape[1] // CHUNK) if remember else 0
+    chunks = ceil_div(x.shape[1], CHUNK) if remember else 0
     return torch.empty_like(x), state.new_empty(state.shape), state.new_empty(len(x), chunks, *state.shape[1:])
 
 
@@ -612,7 +618,7 @@ def _backward(
     sums = (dA, A), (dD, D), (dbias, delta_bias)
     dA, dD, dbias = (None if vector is None else pieces.sum((0, 1)).to(vector.dtype) for pieces, vector in sums)
     grads = dx, ddelta, dA, dB, dC, dD, None if z is None else dz, dbias
-    return *(x.new_empty(0) if grad is None else grad for grad in grads), adjoint.clone()
+    return *(x.new_empty(0) if grad is None else grad for grad in grads), adjoint
 
 
 @_backward.register_fake
@@ -663,12 +669,8 @@ def _pack(B: Tensor, C: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _resets(segments: Tensor | None) -> Tensor | None:
-    """(b, t) int8, 1 where a document starts; the first step of a call continues the incoming state."""
-    if segments is None:
-        return None
-    resets = torch.zeros(segments.shape, dtype=torch.int8, device=segments.device)
-    resets[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return resets
+    """(b, t) int8, 1 where a document starts."""
+    return None if segments is None else document_starts(segments).view(torch.int8)
 
 
 def _split(steps: int, warps: int, wanted: int, device: torch.device) -> tuple[int, int]:

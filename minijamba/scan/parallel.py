@@ -52,16 +52,16 @@ def _recurrence(x, delta, A, B, C, state, segments) -> tuple[Tensor, Tensor]:
             *(tensor.transpose(0, 1).contiguous() for tensor in (x, delta, B, C)),
             A.T.contiguous(),
             state.mT.contiguous(),
-            None if segments is None else _starts(segments),
+            None if segments is None else starts(segments).T,
         )
     return y.transpose(0, 1), state.mT.contiguous()
 
 
-def _starts(segments: Tensor) -> Tensor:
-    """(t, b) bool: a segment starts here. The first step of a call never does: it continues the incoming state."""
-    starts = torch.zeros_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return starts.T
+def starts(segments: Tensor) -> Tensor:
+    """(b, t) bool: a segment starts here. The first step of a call never does: it continues the incoming state."""
+    changes = torch.zeros(segments.shape, dtype=torch.bool, device=segments.device)
+    changes[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return changes
 
 
 class _ChunkedScan(torch.autograd.Function):
