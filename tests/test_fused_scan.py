@@ -36,7 +36,7 @@ def follow(monkeypatch, parts, window):
     changes = {
         "CHUNK": 16,
         "BLOCK": 8,
-        "GRADIENT": fused.GRADIENT | {"BLOCK": 8},
+        "GRADIENT": fused.GRADIENT | {"BLOCK": 8, "AT_ONCE": 2},
         "WARPS": {"forward": parts, "backward": parts},
         "WINDOWS": MANY,
         "WINDOW": window,

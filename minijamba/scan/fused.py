@@ -40,7 +40,7 @@ ENDLESS = tl.constexpr(1e30)  # a step so long that every state decays to zero, 
 def _softplus(v):
     """log(1 + exp(v)) = max(v, 0) + log(1 + e), e = exp(-|v|). For small e the logarithm of the special-function unit
     has lost what matters, so float32 takes a polynomial: right to 2e-7 of its value for 0 <= e <= 1."""
-    e = tl.exp2(-tl.abs(v) * LOG2E)
+    e = tl.exp2(tl.abs(v) * -LOG2E)
     if e.dtype == tl.float64:
         log1p = tl.where(e < 1e-5, e - 0.5 * e * e, tl.log(1 + e))
     else:
@@ -54,7 +54,9 @@ def _softplus(v):
 
 @triton.jit
 def _sigmoid(v):
-    return 1 / (1 + tl.exp2(-v * LOG2E))
+    """1 / (1 + exp(-v)), by the reciprocal square root: one instruction, where a division takes five."""
+    root = tl.rsqrt(1 + tl.exp2(v * -LOG2E))
+    return root * root
 
 
 @triton.jit
@@ -121,24 +123,28 @@ def _over_states(rows, T: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _fetch(BC, n, T: tl.constexpr, N: tl.constexpr):
-    """The next T rows of B and C, as they are stored, for states n of any shape."""
+def _fetch(BC, N: tl.constexpr):
+    """A tile of B and C as they are stored, for the pointers of B (..., T)."""
+    return (tl.load(BC),) if BC.dtype.element_ty == tl.int32 else (tl.load(BC), tl.load(BC + N))
+
+
+@triton.jit
+def _by_step(tiles, T: tl.constexpr):
+    """What was fetched, (c, k, T), as T steps of (c, k)."""
+    B = _rows(tiles[0], T)
+    C = _rows(tiles[len(tiles) - 1], T)
     rows = ()
     for i in tl.static_range(T):
-        if BC.dtype.element_ty == tl.int32:
-            rows = rows + ((tl.load(BC + i * N + n),),)
-        else:
-            rows = rows + ((tl.load(BC + i * (2 * N) + n), tl.load(BC + i * (2 * N) + N + n)),)
+        rows = rows + ((B[i], C[i]),)
     return rows
 
 
 @triton.jit
 def _pair(row):
-    """B_t and C_t of a stored row. A bfloat16 is the upper half of a float32."""
-    if row[0].dtype == tl.int32:
-        B, C = (row[0] << 16).to(tl.float32, bitcast=True), (row[0] & -65536).to(tl.float32, bitcast=True)
-    else:
-        B, C = row
+    """B_t and C_t of such a step. Where they share a word, each is the upper half of a float32, as bfloat16 is."""
+    B, C = row
+    if B.dtype == tl.int32:
+        B, C = (B << 16).to(tl.float32, bitcast=True), (C & -65536).to(tl.float32, bitcast=True)
     return B, C
 
 
@@ -163,8 +169,9 @@ def _forward_kernel(
     SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Run a part of time from its state: outputs y (if not None), the states at chunk starts (saved), at the end."""
-    wide = state.dtype.element_ty
+    """Run a part of time from its state, or from zero: outputs y and the states at chunk starts (saved), unless they
+    are None, and the state at the end."""
+    wide = ends.dtype.element_ty
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     K: tl.constexpr = N // W
     k, w, t = tl.arange(0, K), tl.arange(0, W), tl.arange(0, T)
@@ -181,15 +188,17 @@ def _forward_kernel(
     size = channels * states
 
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
-    h = tl.load(state + (b * parts + part) * size + of_state, mask=real, other=0)
+    h = tl.zeros((K, BLOCK, W), wide)
+    if state is not None:
+        h = tl.load(state + (b * parts + part) * size + of_state, mask=real, other=0)
     bias_ = None if bias is None else tl.load(bias + c, mask=channel, other=0).to(wide)
     D_ = None if D is None else tl.load(D + c, mask=channel, other=0).to(wide)
-    span = tl.zeros((BLOCK,), wide)
+    span = tl.zeros((BLOCK, T), wide)
 
     begin = first.to(tl.int64)
     x = _at(x, x_b, x_t, x_c, b, begin, c, t)
     delta = _at(delta, delta_b, delta_t, delta_c, b, begin, c, t)
-    BC += b * BC_b + begin * ROW
+    BC += b * BC_b + begin * ROW + n[:, :, None] + t * ROW
     if y is not None:
         y = _at(y, y_b, y_t, y_c, b, begin, c, t)
     if z is not None:
@@ -198,6 +207,7 @@ def _forward_kernel(
     inside = channel[:, None] & (first + t < last)[None, :]
     x_next = tl.load(x, mask=inside, other=0)
     delta_next = tl.load(delta, mask=inside, other=0)
+    BC_next = _fetch(BC, N)
     if z is not None:
         z_next = tl.load(z, mask=inside, other=0)
     for start in range(first, last, T):
@@ -205,11 +215,11 @@ def _forward_kernel(
             if start % CHUNK == 0:
                 chunk = b * tl.cdiv(steps, CHUNK) + start // CHUNK
                 tl.store(saved + chunk * size + of_state, h, mask=real)
-        rows = _fetch(BC, n, T, N)
-        BC += T * ROW
         # The next tile is on its way while this one is worked on.
-        x_, delta_, now = x_next.to(wide), delta_next.to(wide), inside
+        x_, delta_, rows, now = x_next.to(wide), delta_next.to(wide), _by_step(BC_next, T), inside
         inside = channel[:, None] & (start + T + t < last)[None, :]
+        BC += tl.where(start + T < last, T * ROW, 0)
+        BC_next = _fetch(BC, N)
         x += T * x_t
         delta += T * delta_t
         x_next = tl.load(x, mask=inside, other=0)
@@ -225,7 +235,7 @@ def _forward_kernel(
             reset = tl.load(resets + b * steps + start + t, mask=start + t < last, other=0)
             delta_ = tl.where(reset[None, :] != 0, ENDLESS, delta_)
         if spans is not None:
-            span += tl.sum(delta_, 1)
+            span += delta_
         steps_ = _rows(tl.permute(tl.join(delta_, u), (0, 2, 1)), T)
         y_rows = ()
         for i in tl.static_range(T):
@@ -244,7 +254,7 @@ def _forward_kernel(
             y += T * y_t
     tl.store(ends + (b * parts + part) * size + of_state, h, mask=real)
     if spans is not None:
-        tl.store(spans + (b * parts + part) * channels + c, span, mask=channel)
+        tl.store(spans + (b * parts + part) * channels + c, tl.sum(span, 1), mask=channel)
 
 
 @triton.jit
@@ -273,27 +283,28 @@ def _adjoint_kernel(
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
     g = tl.zeros((K, BLOCK, W), wide)
     bias_ = None if bias is None else tl.load(bias + c, mask=channel, other=0).to(wide)
-    span = tl.zeros((BLOCK,), wide)
+    span = tl.zeros((BLOCK, T), wide)
 
     latest = first + (tl.cdiv(last - first, T) - 1) * T
     at = latest.to(tl.int64)
     delta = _at(delta, delta_b, delta_t, delta_c, b, at, c, t)
     dy = _at(dy, dy_b, dy_t, dy_c, b, at, c, t)
-    BC += b * BC_b + at * ROW
+    BC += b * BC_b + at * ROW + n[:, :, None] + t * ROW
     if z is not None:
         z = _at(z, z_b, z_t, z_c, b, at, c, t)
 
     inside = channel[:, None] & (latest + t < last)[None, :]
     delta_next = tl.load(delta, mask=inside, other=0)
     dy_next = tl.load(dy, mask=inside, other=0)
+    BC_next = _fetch(BC, N)
     if z is not None:
         z_next = tl.load(z, mask=inside, other=0)
     for back in range(0, last - first, T):
         start = latest - back
-        rows = _fetch(BC, n, T, N)
-        BC -= T * ROW
-        delta_, dy_, now = delta_next.to(wide), dy_next.to(wide), inside
+        delta_, dy_, rows, now = delta_next.to(wide), dy_next.to(wide), _by_step(BC_next, T), inside
         inside = channel[:, None] & (start - T + t >= first)[None, :]
+        BC -= tl.where(start > first, T * ROW, 0)
+        BC_next = _fetch(BC, N)
         delta -= T * delta_t
         dy -= T * dy_t
         delta_next = tl.load(delta, mask=inside, other=0)
@@ -307,24 +318,25 @@ def _adjoint_kernel(
         if resets is not None:
             reset = tl.load(resets + b * steps + start + t, mask=start + t < last, other=0)
             delta_ = tl.where(reset[None, :] != 0, ENDLESS, delta_)
-        span += tl.sum(delta_, 1)
+        span += delta_
         steps_ = _rows(tl.permute(tl.join(delta_, dy_), (0, 2, 1)), T)
         for i in tl.static_range(T - 1, -1, -1):
             delta_i, dy_i = tl.split(steps_[i])
             _, C_i = _pair(rows[i])
             g = tl.exp2(delta_i[None, :, None] * A_) * (g + dy_i[None, :, None] * C_i[:, None, :])
     tl.store(ends + (b * parts + part) * size + of_state, g, mask=real)
-    tl.store(spans + (b * parts + part) * channels + c, span, mask=channel)
+    tl.store(spans + (b * parts + part) * channels + c, tl.sum(span, 1), mask=channel)
 
 
 @triton.jit
 def _gradient_kernel(
     x, delta, A, BC, D, z, bias, resets, saved, adjoint, dy,
-    dx, ddelta, dA, dBC, dD, dz, dbias, scratch, dstate,
+    dx, ddelta, dA, dBC, dD, dz, dbias, scratch,
     steps, begin, end, split, channels, states,
     x_b, x_t, x_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c,
     dx_b, dx_t, dx_c, ddelta_b, ddelta_t, ddelta_c, dz_b, dz_t, dz_c, BC_b, dBC_b,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
+    SWEEP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Walk a part of time from its last chunk to its first, given the states before chunks and the adjoint behind."""
     wide = saved.dtype.element_ty
@@ -333,7 +345,7 @@ def _gradient_kernel(
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part, parts = tl.program_id(1), tl.num_programs(1)
     b = tl.program_id(2).to(tl.int64)
-    n, t = tl.arange(0, N), tl.arange(0, T)
+    n, s, t = tl.arange(0, N), tl.arange(0, SWEEP), tl.arange(0, T)
     first = begin + part * split
     last = tl.minimum(first + split, end)
     channel = c < channels
@@ -350,15 +362,7 @@ def _gradient_kernel(
     dD_ = tl.zeros((BLOCK, T), wide)
     dbias_ = tl.zeros((BLOCK, T), wide)
 
-    x = _at(x, x_b, x_t, x_c, b, 0, c, t)
-    delta = _at(delta, delta_b, delta_t, delta_c, b, 0, c, t)
-    dy = _at(dy, dy_b, dy_t, dy_c, b, 0, c, t)
-    dx = _at(dx, dx_b, dx_t, dx_c, b, 0, c, t)
-    ddelta = _at(ddelta, ddelta_b, ddelta_t, ddelta_c, b, 0, c, t)
-    if z is not None:
-        z = _at(z, z_b, z_t, z_c, b, 0, c, t)
-        dz = _at(dz, dz_b, dz_t, dz_c, b, 0, c, t)
-    BC += b * BC_b
+    BC += b * BC_b + n[:, None, None]
     dBC += (tl.program_id(0) * tl.num_programs(2) + b) * dBC_b + n[:, None] + t[None, :] * (2 * N)
     scratch += (place * tl.num_programs(0) + tl.program_id(0)) * (CHUNK // T * N * BLOCK)
     scratch += n[:, None] + tl.arange(0, BLOCK)[None, :] * N
@@ -366,60 +370,81 @@ def _gradient_kernel(
     chunks = tl.cdiv(last - first, CHUNK)
     for back in range(chunks):
         chunk = first // CHUNK + chunks - 1 - back
-        tiles = tl.cdiv(tl.minimum(CHUNK, last - chunk * CHUNK), T)
-        # The states at the starts of the chunk's tiles.
+        start = (chunk * CHUNK).to(tl.int64)
+        count = tl.minimum(CHUNK, last - chunk * CHUNK)
+        words = BC + start * ROW
+
+        # Forwards, for the states at the starts of the chunk's tiles. Several sweeps' loads go out together: there are
+        # so few counters of loads on their way that the exponentials between would wait for them, too.
         h = tl.load(saved + (b * tl.cdiv(steps, CHUNK) + chunk) * size + of_state, mask=real, other=0)
-        at = (chunk * CHUNK).to(tl.int64)
-        inside = channel[:, None] & (at + t < last)[None, :]
-        x_next = tl.load(x + at * x_t, mask=inside, other=0)
-        delta_next = tl.load(delta + at * delta_t, mask=inside, other=0)
-        rows_next = _fetch(BC + at * ROW, n, T, N)
-        for j in range(tiles - 1):
-            tl.store(scratch + j * (N * BLOCK), h)
-            x_, delta_, now = x_next.to(wide), delta_next.to(wide), inside
-            rows = rows_next
-            if resets is not None:
-                reset = tl.load(resets + b * steps + at + t, mask=at + t < last, other=0)
-            at += T
-            rows_next = _fetch(BC + at * ROW, n, T, N)
-            inside = channel[:, None] & (at + t < last)[None, :]
-            x_next = tl.load(x + at * x_t, mask=inside, other=0)
-            delta_next = tl.load(delta + at * delta_t, mask=inside, other=0)
-            delta_ = _length(delta_, bias_, now, SOFTPLUS)
-            u = delta_ * x_
-            if resets is not None:
-                delta_ = tl.where(reset[None, :] != 0, ENDLESS, delta_)
-            steps_ = _rows(tl.permute(tl.join(delta_, u), (0, 2, 1)), T)
-            for i in tl.static_range(T):
-                delta_i, u_i = tl.split(steps_[i])
-                B_i, _ = _pair(rows[i])
-                h = tl.exp2(delta_i[None, :] * A_) * h + u_i[None, :] * B_i[:, None]
-        tl.store(scratch + (tiles - 1) * (N * BLOCK), h)
+        x_s = _at(x, x_b, x_t, x_c, b, start, c, s)
+        delta_s = _at(delta, delta_b, delta_t, delta_c, b, start, c, s)
+        for sweep in range(0, count, AT_ONCE * SWEEP):
+            inside, xs, deltas, BCs = (), (), (), ()
+            for i in tl.static_range(AT_ONCE):
+                j = sweep + i * SWEEP
+                inside = inside + (channel[:, None] & (j + s < count)[None, :],)
+                xs = xs + (tl.load(x_s + j * x_t, mask=inside[i], other=0),)
+                deltas = deltas + (tl.load(delta_s + j * delta_t, mask=inside[i], other=0),)
+                BCs = BCs + (_fetch(words + (tl.where(j < count, j, 0) + s) * ROW, N),)
+            for i in tl.static_range(AT_ONCE):
+                j = sweep + i * SWEEP
+                rows = _by_step(BCs[i], SWEEP)
+                delta_ = _length(deltas[i].to(wide), bias_, inside[i], SOFTPLUS)
+                u = delta_ * xs[i].to(wide)
+                if resets is not None:
+                    reset = tl.load(resets + b * steps + start + j + s, mask=j + s < count, other=0)
+                    delta_ = tl.where(reset[None, :] != 0, ENDLESS, delta_)
+                steps_ = _rows(tl.permute(tl.join(delta_, u), (0, 2, 1)), SWEEP)
+                for k in tl.static_range(SWEEP):
+                    if k % T == 0:
+                        tl.store(scratch + (j + k) // T * (N * BLOCK), h)
+                    delta_k, u_k = tl.split(steps_[k])
+                    B_k, _ = _pair(rows[k])
+                    h = tl.exp2(delta_k[None, :] * A_) * h + u_k[None, :] * B_k
         tl.debug_barrier()
-        # Back through the tiles.
-        dy_next = tl.load(dy + at * dy_t, mask=inside, other=0)
+
+        # Backwards, tile by tile.
+        x_at = _at(x, x_b, x_t, x_c, b, start, c, t)
+        delta_at = _at(delta, delta_b, delta_t, delta_c, b, start, c, t)
+        dy_at = _at(dy, dy_b, dy_t, dy_c, b, start, c, t)
+        dx_at = _at(dx, dx_b, dx_t, dx_c, b, start, c, t)
+        ddelta_at = _at(ddelta, ddelta_b, ddelta_t, ddelta_c, b, start, c, t)
         if z is not None:
-            z_next = tl.load(z + at * z_t, mask=inside, other=0)
-        for j in range(tiles):
-            h = tl.load(scratch + (tiles - 1 - j) * (N * BLOCK))
-            x_, v, dy_ = x_next.to(wide), delta_next.to(wide), dy_next.to(wide)
+            z_at = _at(z, z_b, z_t, z_c, b, start, c, t)
+            dz_at = _at(dz, dz_b, dz_t, dz_c, b, start, c, t)
+        dBC_at = dBC + (start - begin) * (2 * N)
+        tiles = tl.cdiv(count, T)
+        at = (tiles - 1) * T
+        inside = channel[:, None] & (at + t < count)[None, :]
+        x_next = tl.load(x_at + at * x_t, mask=inside, other=0)
+        delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0)
+        dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0)
+        if z is not None:
+            z_next = tl.load(z_at + at * z_t, mask=inside, other=0)
+        BC_next = _fetch(words + (at + t) * ROW, N)
+        h_next = tl.load(scratch + (tiles - 1) * (N * BLOCK))
+        for _ in range(tiles):
+            h = h_next
+            x_, v, dy_, rows = x_next.to(wide), delta_next.to(wide), dy_next.to(wide), _by_step(BC_next, T)
             if z is not None:
                 z_ = z_next.to(wide)
-            here, now, rows = at, inside, _fetch(BC + at * ROW, n, T, N)
-            at = tl.maximum(at - T, chunk * CHUNK)
-            inside = channel[:, None] & (at + t < last)[None, :]
-            x_next = tl.load(x + at * x_t, mask=inside, other=0)
-            delta_next = tl.load(delta + at * delta_t, mask=inside, other=0)
-            dy_next = tl.load(dy + at * dy_t, mask=inside, other=0)
+            here, now = at, inside
+            at = tl.maximum(at - T, 0)
+            inside = channel[:, None] & (at + t < count)[None, :]
+            x_next = tl.load(x_at + at * x_t, mask=inside, other=0)
+            delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0)
+            dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0)
+            BC_next = _fetch(words + (at + t) * ROW, N)
             delta_ = _length(v, bias_, now, SOFTPLUS)
             if z is not None:
-                z_next = tl.load(z + at * z_t, mask=inside, other=0)
+                z_next = tl.load(z_at + at * z_t, mask=inside, other=0)
                 gate = _sigmoid(z_)
                 dout = dy_
                 dy_ = dout * z_ * gate
             length = delta_
             if resets is not None:
-                reset = tl.load(resets + b * steps + here + t, mask=here + t < last, other=0)
+                reset = tl.load(resets + b * steps + start + here + t, mask=here + t < count, other=0)
                 length = tl.where(reset[None, :] != 0, ENDLESS, delta_)
             u_rows = _rows(tl.permute(tl.join(length, delta_ * x_), (0, 2, 1)), T)
             dy_rows = _rows(tl.expand_dims(dy_, 1), T)
@@ -430,23 +455,24 @@ def _gradient_kernel(
                 decay = tl.exp2(length_i[None, :] * A_)
                 decays = decays + (decay,)
                 before = before + (h,)
-                h = decay * h + u_i[None, :] * B_i[:, None]
+                h = decay * h + u_i[None, :] * B_i
                 if z is not None:
-                    y_rows = y_rows + (h * C_i[:, None],)
+                    y_rows = y_rows + (h * C_i,)
                 dC_rows = dC_rows + (h * tl.reshape(dy_rows[i], (1, BLOCK)),)
-            tl.store(dBC + (here - begin) * (2 * N) + N, _over_channels(dC_rows, T))
+            tl.store(dBC_at + here * (2 * N) + N, _over_channels(dC_rows, T))
             du_rows, dlength_rows, dB_rows = (), (), ()
             for i in tl.static_range(T - 1, -1, -1):
                 length_i, u_i = tl.split(u_rows[i])
                 B_i, C_i = _pair(rows[i])
-                g += tl.reshape(dy_rows[i], (1, BLOCK)) * C_i[:, None]
+                g += tl.reshape(dy_rows[i], (1, BLOCK)) * C_i
                 dB_rows = (g * u_i[None, :],) + dB_rows
-                du_rows = (g * B_i[:, None],) + du_rows
+                du_rows = (g * B_i,) + du_rows
                 g *= decays[i]
                 dexponent = g * before[i]
                 dlength_rows = (dexponent * A_,) + dlength_rows
                 dA_ += dexponent * length_i[None, :]
-            tl.store(dBC + (here - begin) * (2 * N), _over_channels(dB_rows, T))
+            h_next = tl.load(scratch + at // T * (N * BLOCK))
+            tl.store(dBC_at + here * (2 * N), _over_channels(dB_rows, T))
             du = _over_states(du_rows, T, LANES)
             dx_ = du * delta_
             ddelta_ = du * x_ + _over_states(dlength_rows, T, LANES) / LOG2E
@@ -458,15 +484,15 @@ def _gradient_kernel(
                 dx_ += dy_ * D_[:, None]
             dD_ += dy_ * x_
             dbias_ += tl.where(now, ddelta_, 0)
-            tl.store(dx + here * dx_t, dx_, mask=now)
-            tl.store(ddelta + here * ddelta_t, ddelta_, mask=now)
+            tl.store(dx_at + here * dx_t, dx_, mask=now)
+            tl.store(ddelta_at + here * ddelta_t, ddelta_, mask=now)
             if z is not None:
                 y_ = _over_states(y_rows, T, LANES)
                 if D is not None:
                     y_ += D_[:, None] * x_
-                tl.store(dz + here * dz_t, dout * y_ * gate * (1 + z_ * (1 - gate)), mask=now)
+                tl.store(dz_at + here * dz_t, dout * y_ * gate * (1 + z_ * (1 - gate)), mask=now)
         tl.debug_barrier()
-    tl.store(dstate + place * size + of_state, g, mask=real)
+    tl.store(adjoint + place * size + of_state, g, mask=real)
     tl.store(dA + place * size + of_state, dA_, mask=real)
     of_channel = place * channels + c
     tl.store(dD + of_channel, tl.load(dD + of_channel, mask=channel) + tl.sum(dD_, 1), mask=channel)
@@ -475,10 +501,9 @@ def _gradient_kernel(
 
 @triton.jit
 def _chain_kernel(
-    A, ends, spans, carry, starts, parts, channels, states,
-    BACKWARDS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    A, ends, spans, carry, parts, channels, states, BACKWARDS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From what each part makes of zero (ends) to what each part starts from, given what the first starts from."""
+    """From what each part makes of zero (ends) to what each starts from, in place, given what the first starts from."""
     wide = ends.dtype.element_ty
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = tl.program_id(1).to(tl.int64)
@@ -491,18 +516,20 @@ def _chain_kernel(
     h = tl.load(carry + b * size + of_state, mask=real)
     for i in range(parts):
         place = b * parts + (parts - 1 - i if BACKWARDS else i)
-        tl.store(starts + place * size + of_state, h, mask=real)
+        start, end = h, ends + place * size + of_state
         if i + 1 < parts:
             span = tl.load(spans + place * channels + c, mask=channel, other=0)
-            h = tl.exp2(span[None, :] * A_) * h + tl.load(ends + place * size + of_state, mask=real, other=0)
+            h = tl.exp2(span[None, :] * A_) * h + tl.load(end, mask=real, other=0)
+        tl.store(end, start, mask=real)
 
 
 # Launching them.
 
-BLOCK = 32  # channels a program of the scans
-GRADIENT = {"BLOCK": 16, "T": 4, "num_warps": 1}
-CHUNK = 64  # steps from one kept state to the next
-WINDOWS = 8  # that the backward pass cuts the time into, one after the other, which bounds its memory
+BLOCK = 16  # channels a program of the scans
+TILE = 32  # steps a tile of theirs has at most
+GRADIENT = {"BLOCK": 16, "T": 4, "SWEEP": 8, "AT_ONCE": 4, "num_warps": 1}
+CHUNK = 128  # steps from one kept state to the next
+WINDOWS = 8  # that the backward pass cuts the tokens into, one after the other, which bounds its memory
 WINDOW = 1024  # tokens that one has at least
 WARPS = {"forward": 4, "backward": 8}  # that an SM should have, or else time is split
 
@@ -547,11 +574,11 @@ def _forward(
     if parts == 1:
         launch(1, split, state, y, saved_, last, None)
         return y, last, saved
-    starts, ends, spans = _between(state, parts)
-    launch(parts, split, torch.zeros_like(starts), None, None, ends, spans)
-    _chain(A, ends, spans, state, starts)
-    launch(parts, split, starts, y, saved_, ends, None)
-    last.copy_(ends[:, -1])
+    between, spans = _between(state, parts)
+    launch(parts, split, None, None, None, between, spans)
+    _chain(A, between, spans, state)
+    launch(parts, split, between, y, saved_, between, None)
+    last.copy_(between[:, -1])
     return y, last, saved
 
 
@@ -572,7 +599,7 @@ def _outputs(x: Tensor, state: Tensor, remember: bool) -> tuple[Tensor, Tensor, 
 def _backward(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, segments: Tensor | None, saved: Tensor,
-    dy: Tensor, dlast: Tensor,
+    dy: Tensor, dlast: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, delta, A, B, C, D, z, delta_bias and state; empty where the argument was None.
 
@@ -581,59 +608,79 @@ def _backward(
     """
     batch, steps, channels = x.shape
     states = A.shape[1]
-    A_, D_, bias, adjoint = (_contiguous(tensor) for tensor in (A, D, delta_bias, dlast))
+    A_, D_, bias = (_contiguous(tensor) for tensor in (A, D, delta_bias))
+    dstate = saved.new_zeros(batch, channels, states)
+    if dlast is not None:
+        dstate.copy_(dlast)
     BC, resets = _pack(B, C, saved.dtype), _resets(segments)
-    dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), torch.empty_like(x if z is None else z)
-
-    tiling, N = _tiling(states), _power_of_2(states)
     blocks = ceil_div(channels, GRADIENT["BLOCK"])
-    window = ceil_div(min(max(steps // WINDOWS, WINDOW // max(batch, 1), 1), steps), CHUNK) * CHUNK
-    parts, split = _split(window, batch * blocks * GRADIENT["num_warps"], WARPS["backward"], x.device)
+    group, window, parts, split = _windows(batch, steps, blocks * GRADIENT["num_warps"], x.device)
+    dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), torch.empty_like(x if z is None else z)
+    dBC = saved.new_empty(batch, steps, 2, _power_of_2(states))
     dA = saved.new_zeros(batch, parts, channels, states)
     dD, dbias = (saved.new_zeros(batch, parts, channels) for _ in range(2))
-    dBC = saved.new_empty(batch, steps, 2, N)
+    of_batch = x, delta, BC, z, resets, saved, dy, dstate, dx, ddelta, dz, dBC, dA, dD, dbias
+    for first in range(0, batch, group):
+        some = (None if tensor is None else tensor[first : first + group] for tensor in of_batch)
+        _walk_back(A_, D_, bias, delta_softplus, window, split, *some)
+    dB, dC = (part.to(like.dtype, copy=True) for part, like in zip(dBC[..., :states].unbind(2), (B, C), strict=True))
+    sums = (dA, A), (dD, D), (dbias, delta_bias)
+    dA, dD, dbias = (None if vector is None else pieces.sum((0, 1)).to(vector.dtype) for pieces, vector in sums)
+    grads = dx, ddelta, dA, dB, dC, dD, None if z is None else dz, dbias
+    return *(x.new_empty(0) if grad is None else grad for grad in grads), dstate
+
+
+def _walk_back(
+    A, D, bias, softplus, window, split, x, delta, BC, z, resets, saved, dy, adjoint,
+    dx, ddelta, dz, dBC, dA, dD, dbias,
+):  # fmt: skip
+    """The gradients of some sequences, window by window from the last; adjoint, the gradient of their last state,
+    becomes that of their first."""
+    batch, steps, channels = x.shape
+    states = A.shape[1]
+    tiling, N = _tiling(states), _power_of_2(states)
+    blocks, parts = ceil_div(channels, GRADIENT["BLOCK"]), ceil_div(window, split)
     pieces = saved.new_empty(blocks, batch, window, 2, N)
     scratch = saved.new_empty(batch * parts * blocks * CHUNK // GRADIENT["T"] * N * GRADIENT["BLOCK"])
     for begin in reversed(range(0, steps, window)):
         end = min(begin + window, steps)
         here = ceil_div(end - begin, split)
         time = steps, begin, end, split, channels, states
-        starts, ends, spans = _between(adjoint, here)
         if here == 1:
-            starts = adjoint
+            between = adjoint
         else:
+            between, spans = _between(adjoint, here)
             _adjoint_kernel[ceil_div(channels, BLOCK), here - 1, batch](
-                delta, A_, BC, z, bias, resets, dy, ends, spans, *time,
-                *delta.stride(), *_strides(z), *dy.stride(), BC.stride(0), SOFTPLUS=delta_softplus, **tiling,
+                delta, A, BC, z, bias, resets, dy, between, spans, *time,
+                *delta.stride(), *_strides(z), *dy.stride(), BC.stride(0), SOFTPLUS=softplus, **tiling,
             )  # fmt: skip
-            _chain(A_, ends, spans, adjoint, starts, backwards=True)
+            _chain(A, between, spans, adjoint, backwards=True)
         _gradient_kernel[blocks, here, batch](
-            x, delta, A_, BC, D_, z, bias, resets, saved, starts, dy, dx, ddelta, dA, pieces, dD, dz, dbias, scratch,
-            ends, *time, *x.stride(), *delta.stride(), *_strides(z), *dy.stride(), *dx.stride(), *ddelta.stride(),
-            *dz.stride(), BC.stride(0), pieces.stride(1), SOFTPLUS=delta_softplus, N=N, CHUNK=CHUNK, **GRADIENT,
+            x, delta, A, BC, D, z, bias, resets, saved, between, dy, dx, ddelta, dA, pieces, dD, dz, dbias, scratch,
+            *time, *x.stride(), *delta.stride(), *_strides(z), *dy.stride(), *dx.stride(), *ddelta.stride(),
+            *dz.stride(), BC.stride(0), pieces.stride(1), SOFTPLUS=softplus, N=N, CHUNK=CHUNK, **GRADIENT,
         )  # fmt: skip
         torch.sum(pieces[:, :, : end - begin], 0, out=dBC[:, begin:end])
-        adjoint = ends[:, 0].contiguous()
-    dB, dC = (part.to(like.dtype, copy=True) for part, like in zip(dBC[..., :states].unbind(2), (B, C), strict=True))
-    sums = (dA, A), (dD, D), (dbias, delta_bias)
-    dA, dD, dbias = (None if vector is None else pieces.sum((0, 1)).to(vector.dtype) for pieces, vector in sums)
-    grads = dx, ddelta, dA, dB, dC, dD, None if z is None else dz, dbias
-    return *(x.new_empty(0) if grad is None else grad for grad in grads), adjoint
+        if here > 1:
+            adjoint.copy_(between[:, 0])
+            del between
 
 
 @_backward.register_fake
 def _(x, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, saved, dy, dlast):
     grads = (x.new_empty(0) if v is None else torch.empty_like(v) for v in (x, delta, A, B, C, D, z, delta_bias))
-    return *grads, dlast.new_empty(dlast.shape)
+    return *grads, saved.new_empty(len(x), *A.shape)
 
 
 def _remember_inputs(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # nothing has the gradient of the saved states, and zeros would take their memory
     *tensors, ctx.delta_softplus, _, segments, _ = inputs
     ctx.save_for_backward(*tensors, segments, output[2])
 
 
 def _gradients(ctx, dy, dlast, _):
     *tensors, segments, saved = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
     *grads, dstate = _backward(*tensors, ctx.delta_softplus, segments, saved, dy, dlast)
     grads = (None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True))
     return *grads, None, dstate, None, None
@@ -643,11 +690,11 @@ _operator.register_autograd(_gradients, setup_context=_remember_inputs)
 
 
 def _tiling(states: int) -> dict[str, int]:
-    """How a program of the scans is cut: W warps share the states of its channels, and a tile of T steps is unrolled
-    as long as its rows of B and C fit the registers."""
+    """How a program of the scans is cut: W threads share the states of a channel, and a tile of T steps is unrolled
+    as long as its code stays small."""
     N = _power_of_2(states)
     W = min(N, 4)
-    return {"N": N, "W": W, "BLOCK": BLOCK, "T": min(16, 64 * W // N), "num_warps": W}
+    return {"N": N, "W": W, "BLOCK": BLOCK, "T": min(TILE, 128 * W // N), "num_warps": max(BLOCK * W // 32, 1)}
 
 
 def _pack(B: Tensor, C: Tensor, wide: torch.dtype) -> Tensor:
@@ -656,7 +703,7 @@ def _pack(B: Tensor, C: Tensor, wide: torch.dtype) -> Tensor:
     Returns (b, t+, N) int32, each a pair of bfloat16, or (b, t+, 2, N) in the state's dtype.
     """
     batch, steps, states = B.shape
-    shape = batch, ceil_div(steps, 16) * 16, _power_of_2(states)
+    shape = batch, ceil_div(steps, TILE) * TILE, _power_of_2(states)
     if B.dtype == C.dtype == torch.bfloat16:
         if shape[1:] == (steps, states):
             return torch.stack((B, C), -1).view(torch.int32).squeeze(3)
@@ -673,26 +720,39 @@ def _resets(segments: Tensor | None) -> Tensor | None:
     return None if segments is None else document_starts(segments).view(torch.int8)
 
 
+def _windows(batch: int, steps: int, warps: int, device: torch.device) -> tuple[int, int, int, int]:
+    """How the backward pass goes: sequences at once, steps of a window, parts of a window, and the steps of a part.
+
+    What it keeps in pieces grows with the tokens of a window, so a batch that fills the GPU several times is cut, too.
+    """
+    wanted = WARPS["backward"]
+    group = min(max(round(wanted * _processors(device) / warps), 1), batch)
+    window = max(batch * steps // WINDOWS, WINDOW, 1) // group
+    window = ceil_div(max(min(window, steps), 1), CHUNK) * CHUNK
+    return group, window, *_split(window, group * warps, wanted, device)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _split(steps: int, warps: int, wanted: int, device: torch.device) -> tuple[int, int]:
     """How many parts to split the time into, so that every SM has the wanted warps; and the steps of a part."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    parts = min(max(wanted * processors // max(warps, 1), 1), ceil_div(steps, CHUNK))
+    parts = min(max(wanted * _processors(device) // max(warps, 1), 1), ceil_div(steps, CHUNK))
     split = ceil_div(ceil_div(steps, parts), CHUNK) * CHUNK
     return ceil_div(steps, split), split
 
 
-def _between(state: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the state each part starts from and what it makes of zero, (b, parts, c, n), and its length."""
+def _between(state: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Room for what a part makes of zero, later for what it starts from, (b, parts, c, n); and for its length."""
     batch, channels, states = state.shape
-    starts = state.new_empty(batch, parts, channels, states)
-    return starts, torch.empty_like(starts), state.new_empty(batch, parts, channels)
+    return state.new_empty(batch, parts, channels, states), state.new_empty(batch, parts, channels)
 
 
-def _chain(A: Tensor, ends: Tensor, spans: Tensor, state: Tensor, starts: Tensor, backwards: bool = False) -> None:
-    batch, parts, channels, states = starts.shape
+def _chain(A: Tensor, between: Tensor, spans: Tensor, state: Tensor, backwards: bool = False) -> None:
+    batch, parts, channels, states = between.shape
     _chain_kernel[ceil_div(channels, 16), batch](
-        A, ends, spans, state, starts, parts, channels, states,
-        BACKWARDS=backwards, N=_power_of_2(states), BLOCK=16,
+        A, between, spans, state, parts, channels, states, BACKWARDS=backwards, N=_power_of_2(states), BLOCK=16,
     )  # fmt: skip
 
 
