@@ -6,7 +6,8 @@ states in registers and walks along time. On its way it meets two kinds of work:
     per token and channel:          softplus, the gate, loads and stores, done for a tile (c, T) of T steps at once;
     per token, channel and state:   state = exp2(delta A) state + (delta x) B, then y = sum_n C state, step by step.
 
-`_rows` takes a tile apart into steps and `_tile` puts steps together again: both only move data between threads.
+`_rows` takes a tile apart into steps and `_tile` puts steps together again: both only move data between threads. What
+is loaded, B and C too, is loaded as tiles, one tile ahead of its use: memory is hundreds of clocks away.
 
 Sums cross threads, which costs more than the arithmetic if it is done for every step. So a thread adds up what it
 holds, and the parts of a whole tile are exchanged at once (`_over_states`, `_over_channels`): again `_rows`.
@@ -130,7 +131,7 @@ def _fetch(BC, N: tl.constexpr):
 
 @triton.jit
 def _by_step(tiles, T: tl.constexpr):
-    """What was fetched, (c, k, T), as T steps of (c, k)."""
+    """What was fetched, (c, k, T), as T rows (c, k), a step each: of B and of C, or twice of their words."""
     B = _rows(tiles[0], T)
     C = _rows(tiles[len(tiles) - 1], T)
     rows = ()
@@ -141,7 +142,7 @@ def _by_step(tiles, T: tl.constexpr):
 
 @triton.jit
 def _pair(row):
-    """B_t and C_t of such a step. Where they share a word, each is the upper half of a float32, as bfloat16 is."""
+    """B_t and C_t of such a row. The halves of a word are bfloat16, and those are the upper halves of float32."""
     B, C = row
     if B.dtype == tl.int32:
         B, C = (B << 16).to(tl.float32, bitcast=True), (C & -65536).to(tl.float32, bitcast=True)
@@ -374,8 +375,8 @@ def _gradient_kernel(
         count = tl.minimum(CHUNK, last - chunk * CHUNK)
         words = BC + start * ROW
 
-        # Forwards, for the states at the starts of the chunk's tiles. Several sweeps' loads go out together: there are
-        # so few counters of loads on their way that the exponentials between would wait for them, too.
+        # Forwards, for the states at the starts of the chunk's tiles. A sweep is over before the loads of the next one
+        # could arrive, so those of several go out together.
         h = tl.load(saved + (b * tl.cdiv(steps, CHUNK) + chunk) * size + of_state, mask=real, other=0)
         x_s = _at(x, x_b, x_t, x_c, b, start, c, s)
         delta_s = _at(delta, delta_b, delta_t, delta_c, b, start, c, s)
@@ -527,7 +528,7 @@ def _chain_kernel(
 
 BLOCK = 16  # channels a program of the scans
 TILE = 32  # steps a tile of theirs has at most
-GRADIENT = {"BLOCK": 16, "T": 4, "SWEEP": 8, "AT_ONCE": 4, "num_warps": 1}
+GRADIENT = {"BLOCK": 16, "T": 4, "SWEEP": 8, "AT_ONCE": 4}
 CHUNK = 128  # steps from one kept state to the next
 WINDOWS = 8  # that the backward pass cuts the tokens into, one after the other, which bounds its memory
 WINDOW = 1024  # tokens that one has at least
@@ -558,7 +559,7 @@ def _forward(
     A, D, delta_bias, state = (_contiguous(tensor) for tensor in (A, D, delta_bias, state))
     BC, resets = _pack(B, C, state.dtype), _resets(segments)
     y, last, saved = _outputs(x, state, remember)
-    tiling = _tiling(states)
+    tiling = _tiling(states, BC.dtype == torch.int32)
     blocks = ceil_div(channels, BLOCK)
 
     def launch(parts, split, state, y, saved, ends, spans):
@@ -614,7 +615,7 @@ def _backward(
         dstate.copy_(dlast)
     BC, resets = _pack(B, C, saved.dtype), _resets(segments)
     blocks = ceil_div(channels, GRADIENT["BLOCK"])
-    group, window, parts, split = _windows(batch, steps, blocks * GRADIENT["num_warps"], x.device)
+    group, window, parts, split = _windows(batch, steps, blocks * max(_power_of_2(states) // 16, 1), x.device)
     dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), torch.empty_like(x if z is None else z)
     dBC = saved.new_empty(batch, steps, 2, _power_of_2(states))
     dA = saved.new_zeros(batch, parts, channels, states)
@@ -638,7 +639,7 @@ def _walk_back(
     becomes that of their first."""
     batch, steps, channels = x.shape
     states = A.shape[1]
-    tiling, N = _tiling(states), _power_of_2(states)
+    tiling, N = _tiling(states, BC.dtype == torch.int32), _power_of_2(states)
     blocks, parts = ceil_div(channels, GRADIENT["BLOCK"]), ceil_div(window, split)
     pieces = saved.new_empty(blocks, batch, window, 2, N)
     scratch = saved.new_empty(batch * parts * blocks * CHUNK // GRADIENT["T"] * N * GRADIENT["BLOCK"])
@@ -658,7 +659,8 @@ def _walk_back(
         _gradient_kernel[blocks, here, batch](
             x, delta, A, BC, D, z, bias, resets, saved, between, dy, dx, ddelta, dA, pieces, dD, dz, dbias, scratch,
             *time, *x.stride(), *delta.stride(), *_strides(z), *dy.stride(), *dx.stride(), *ddelta.stride(),
-            *dz.stride(), BC.stride(0), pieces.stride(1), SOFTPLUS=softplus, N=N, CHUNK=CHUNK, **GRADIENT,
+            *dz.stride(), BC.stride(0), pieces.stride(1), SOFTPLUS=softplus, N=N, CHUNK=CHUNK,
+            num_warps=max(N // 16, 1), **GRADIENT,
         )  # fmt: skip
         torch.sum(pieces[:, :, : end - begin], 0, out=dBC[:, begin:end])
         if here > 1:
@@ -689,12 +691,13 @@ def _gradients(ctx, dy, dlast, _):
 _operator.register_autograd(_gradients, setup_context=_remember_inputs)
 
 
-def _tiling(states: int) -> dict[str, int]:
-    """How a program of the scans is cut: W threads share the states of a channel, and a tile of T steps is unrolled
-    as long as its code stays small."""
+def _tiling(states: int, packed: bool) -> dict[str, int]:
+    """How a program of the scans is cut: W threads share the states of a channel, and a tile has the steps whose B and
+    C fit the registers."""
     N = _power_of_2(states)
     W = min(N, 4)
-    return {"N": N, "W": W, "BLOCK": BLOCK, "T": min(TILE, 128 * W // N), "num_warps": max(BLOCK * W // 32, 1)}
+    T = min(TILE, (128 if packed else 64) * W // N)
+    return {"N": N, "W": W, "BLOCK": BLOCK, "T": T, "num_warps": max(BLOCK * W // 32, 1)}
 
 
 def _pack(B: Tensor, C: Tensor, wide: torch.dtype) -> Tensor:
@@ -726,8 +729,8 @@ def _windows(batch: int, steps: int, warps: int, device: torch.device) -> tuple[
     What it keeps in pieces grows with the tokens of a window, so a batch that fills the GPU several times is cut, too.
     """
     wanted = WARPS["backward"]
-    group = min(max(round(wanted * _processors(device) / warps), 1), batch)
-    window = max(batch * steps // WINDOWS, WINDOW, 1) // group
+    group = max(min(round(wanted * _processors(device) / max(warps, 1)), batch), 1)
+    window = max(batch * steps // WINDOWS, WINDOW) // group
     window = ceil_div(max(min(window, steps), 1), CHUNK) * CHUNK
     return group, window, *_split(window, group * warps, wanted, device)
 
