@@ -18,8 +18,8 @@ of the loss with respect to the state; it obeys the same recurrence with time re
 
     adjoint_{t-1} = exp2(delta_t A) (adjoint_t + dy_t C_t)
 
-Where channels are too few to fill a GPU, time is split: every part first runs from zero, `_chain` joins their ends,
-and then all parts run side by side, each from its own start. That costs the exponentials twice.
+Where channels are too few to fill a GPU, time is split: every part first runs from zero, then all run again, each from
+the ends of those before. That costs the exponentials twice.
 """
 
 import torch
@@ -164,22 +164,21 @@ def _length(v, bias, inside, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    x, delta, A, BC, D, z, bias, resets, state, y, saved, ends, spans,
+    x, delta, A, BC, D, z, bias, resets, state, ends, spans, y, saved, final,
     steps, split, channels, states,
     x_b, x_t, x_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, y_b, y_t, y_c, BC_b,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Run a part of time from its state, or from zero: outputs y and the states at chunk starts (saved), unless they
-    are None, and the state at the end."""
-    wide = ends.dtype.element_ty
+    """Run a part of time: outputs y, the states at chunk starts (saved) and the final state, from where the part before
+    ends. Where y is None, run it from zero: outputs its end and its span, for the parts behind."""
+    wide = state.dtype.element_ty
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     K: tl.constexpr = N // W
     k, w, t = tl.arange(0, K), tl.arange(0, W), tl.arange(0, T)
     n = k[:, None] + K * w[None, :]
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # Where only the ends count, the last part is left out: nothing starts from its end.
-    part, parts = tl.program_id(1), tl.num_programs(1) + (1 if y is None else 0)
+    part, parts = tl.program_id(1), tl.num_programs(1)
     b = tl.program_id(2).to(tl.int64)
     first = part * split
     last = tl.minimum(first + split, steps)
@@ -190,8 +189,13 @@ def _forward_kernel(
 
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
     h = tl.zeros((K, BLOCK, W), wide)
-    if state is not None:
-        h = tl.load(state + (b * parts + part) * size + of_state, mask=real, other=0)
+    if y is not None:
+        h += tl.load(state + b * size + of_state, mask=real, other=0)
+        if ends is not None:
+            for earlier in range(part):
+                place = b * (parts - 1) + earlier
+                decay = tl.exp2(tl.load(spans + place * channels + c, mask=channel, other=0)[None, :, None] * A_)
+                h = decay * h + tl.load(ends + place * size + of_state, mask=real, other=0)
     bias_ = None if bias is None else tl.load(bias + c, mask=channel, other=0).to(wide)
     D_ = None if D is None else tl.load(D + c, mask=channel, other=0).to(wide)
     span = tl.zeros((BLOCK, T), wide)
@@ -235,7 +239,7 @@ def _forward_kernel(
         if resets is not None:
             reset = tl.load(resets + b * steps + start + t, mask=start + t < last, other=0)
             delta_ = tl.where(reset[None, :] != 0, ENDLESS, delta_)
-        if spans is not None:
+        if y is None:
             span += delta_
         steps_ = _rows(tl.permute(tl.join(delta_, u), (0, 2, 1)), T)
         y_rows = ()
@@ -253,9 +257,11 @@ def _forward_kernel(
                 y_ *= z_ * _sigmoid(z_)
             tl.store(y, y_, mask=now)
             y += T * y_t
-    tl.store(ends + (b * parts + part) * size + of_state, h, mask=real)
-    if spans is not None:
+    if y is None:
+        tl.store(ends + (b * parts + part) * size + of_state, h, mask=real)
         tl.store(spans + (b * parts + part) * channels + c, tl.sum(span, 1), mask=channel)
+    elif part == parts - 1:
+        tl.store(final + b * size + of_state, h, mask=real)
 
 
 @triton.jit
@@ -265,16 +271,16 @@ def _adjoint_kernel(
     delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, BC_b,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Run a part of time backwards from an adjoint of zero: outputs the adjoint before its first step."""
+    """Run a part of time, but the first, backwards from zero: outputs the adjoint before it, its end, and its span."""
     wide = ends.dtype.element_ty
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     K: tl.constexpr = N // W
     k, w, t = tl.arange(0, K), tl.arange(0, W), tl.arange(0, T)
     n = k[:, None] + K * w[None, :]
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    part, parts = tl.program_id(1) + 1, tl.num_programs(1) + 1  # nothing ends in the first
     b = tl.program_id(2).to(tl.int64)
-    first = begin + part * split
+    place = b * tl.num_programs(1) + tl.program_id(1)
+    first = begin + (tl.program_id(1) + 1) * split
     last = tl.minimum(first + split, end)
     channel = c < channels
     real = (n < states)[:, None, :] & channel[None, :, None]
@@ -325,21 +331,22 @@ def _adjoint_kernel(
             delta_i, dy_i = tl.split(steps_[i])
             _, C_i = _pair(rows[i])
             g = tl.exp2(delta_i[None, :, None] * A_) * (g + dy_i[None, :, None] * C_i[:, None, :])
-    tl.store(ends + (b * parts + part) * size + of_state, g, mask=real)
-    tl.store(spans + (b * parts + part) * channels + c, tl.sum(span, 1), mask=channel)
+    tl.store(ends + place * size + of_state, g, mask=real)
+    tl.store(spans + place * channels + c, tl.sum(span, 1), mask=channel)
 
 
 @triton.jit
 def _gradient_kernel(
-    x, delta, A, BC, D, z, bias, resets, saved, adjoint, dy,
-    dx, ddelta, dA, dBC, dD, dz, dbias, scratch,
+    x, delta, A, BC, D, z, bias, resets, saved, adjoint, ends, spans, dy,
+    dx, ddelta, dA, dBC, dD, dz, dbias, dstate, scratch,
     steps, begin, end, split, channels, states,
     x_b, x_t, x_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c,
     dx_b, dx_t, dx_c, ddelta_b, ddelta_t, ddelta_c, dz_b, dz_t, dz_c, BC_b, dBC_b,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
     SWEEP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Walk a part of time from its last chunk to its first, given the states before chunks and the adjoint behind."""
+    """Walk a part of time from its last chunk to its first, given the states before chunks and the adjoint behind all
+    parts: outputs all gradients, and the adjoint before all parts (dstate)."""
     wide = saved.dtype.element_ty
     LANES: tl.constexpr = N // 4 if N > 4 else 1
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
@@ -358,7 +365,12 @@ def _gradient_kernel(
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
     bias_ = None if bias is None else tl.load(bias + c, mask=channel, other=0).to(wide)
     D_ = None if D is None else tl.load(D + c, mask=channel, other=0).to(wide)
-    g = tl.load(adjoint + place * size + of_state, mask=real, other=0)
+    g = tl.load(adjoint + b * size + of_state, mask=real, other=0)
+    if ends is not None:
+        for later in range(parts - 1, part, -1):
+            behind = b * (parts - 1) + later - 1
+            decay = tl.exp2(tl.load(spans + behind * channels + c, mask=channel, other=0)[None, :] * A_)
+            g = decay * g + tl.load(ends + behind * size + of_state, mask=real, other=0)
     dA_ = tl.load(dA + place * size + of_state, mask=real, other=0)
     dD_ = tl.zeros((BLOCK, T), wide)
     dbias_ = tl.zeros((BLOCK, T), wide)
@@ -493,35 +505,12 @@ def _gradient_kernel(
                     y_ += D_[:, None] * x_
                 tl.store(dz_at + here * dz_t, dout * y_ * gate * (1 + z_ * (1 - gate)), mask=now)
         tl.debug_barrier()
-    tl.store(adjoint + place * size + of_state, g, mask=real)
+    if part == 0:
+        tl.store(dstate + b * size + of_state, g, mask=real)
     tl.store(dA + place * size + of_state, dA_, mask=real)
     of_channel = place * channels + c
     tl.store(dD + of_channel, tl.load(dD + of_channel, mask=channel) + tl.sum(dD_, 1), mask=channel)
     tl.store(dbias + of_channel, tl.load(dbias + of_channel, mask=channel) + tl.sum(dbias_, 1), mask=channel)
-
-
-@triton.jit
-def _chain_kernel(
-    A, ends, spans, carry, parts, channels, states, BACKWARDS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """From what each part makes of zero (ends) to what each starts from, in place, given what the first starts from."""
-    wide = ends.dtype.element_ty
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = tl.program_id(1).to(tl.int64)
-    n = tl.arange(0, N)
-    channel = c < channels
-    real = (n < states)[:, None] & channel[None, :]
-    of_state = n[:, None] + c[None, :] * states
-    size = channels * states
-    A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
-    h = tl.load(carry + b * size + of_state, mask=real)
-    for i in range(parts):
-        place = b * parts + (parts - 1 - i if BACKWARDS else i)
-        start, end = h, ends + place * size + of_state
-        if i + 1 < parts:
-            span = tl.load(spans + place * channels + c, mask=channel, other=0)
-            h = tl.exp2(span[None, :] * A_) * h + tl.load(end, mask=real, other=0)
-        tl.store(end, start, mask=real)
 
 
 # Launching them.
@@ -562,24 +551,21 @@ def _forward(
     tiling = _tiling(states, BC.dtype == torch.int32)
     blocks = ceil_div(channels, BLOCK)
 
-    def launch(parts, split, state, y, saved, ends, spans):
+    parts, split = _split(steps, batch * blocks * tiling["num_warps"], WARPS["forward"], x.device)
+    ends, spans = _between(state, parts)
+
+    def launch(parts, y, saved):
         gate = None if y is None else z
-        _forward_kernel[blocks, parts - (y is None), batch](
-            x, delta, A, BC, D, gate, delta_bias, resets, state, y, saved, ends, spans, steps, split, channels, states,
+        _forward_kernel[blocks, parts, batch](
+            x, delta, A, BC, D, gate, delta_bias, resets, state, ends, spans, y, saved, last,
+            steps, split, channels, states,
             *x.stride(), *delta.stride(), *_strides(gate), *_strides(y), BC.stride(0),
             SOFTPLUS=delta_softplus, CHUNK=CHUNK, **tiling,
         )  # fmt: skip
 
-    parts, split = _split(steps, batch * blocks * tiling["num_warps"], WARPS["forward"], x.device)
-    saved_ = saved if remember else None
-    if parts == 1:
-        launch(1, split, state, y, saved_, last, None)
-        return y, last, saved
-    between, spans = _between(state, parts)
-    launch(parts, split, None, None, None, between, spans)
-    _chain(A, between, spans, state)
-    launch(parts, split, between, y, saved_, between, None)
-    last.copy_(between[:, -1])
+    if parts > 1:
+        launch(parts - 1, None, None)  # nothing starts where the last part ends
+    launch(parts, y, saved if remember else None)
     return y, last, saved
 
 
@@ -623,7 +609,7 @@ def _backward(
     of_batch = x, delta, BC, z, resets, saved, dy, dstate, dx, ddelta, dz, dBC, dA, dD, dbias
     for first in range(0, batch, group):
         some = (None if tensor is None else tensor[first : first + group] for tensor in of_batch)
-        _walk_back(A_, D_, bias, delta_softplus, window, split, *some)
+        dstate[first : first + group] = _walk_back(A_, D_, bias, delta_softplus, window, split, *some)
     dB, dC = (part.to(like.dtype, copy=True) for part, like in zip(dBC[..., :states].unbind(2), (B, C), strict=True))
     sums = (dA, A), (dD, D), (dbias, delta_bias)
     dA, dD, dbias = (None if vector is None else pieces.sum((0, 1)).to(vector.dtype) for pieces, vector in sums)
@@ -635,37 +621,34 @@ def _walk_back(
     A, D, bias, softplus, window, split, x, delta, BC, z, resets, saved, dy, adjoint,
     dx, ddelta, dz, dBC, dA, dD, dbias,
 ):  # fmt: skip
-    """The gradients of some sequences, window by window from the last; adjoint, the gradient of their last state,
-    becomes that of their first."""
+    """The gradients of some sequences, window by window from the last, and from the adjoint behind the last. Returns
+    that before the first; what it was given is written over."""
     batch, steps, channels = x.shape
     states = A.shape[1]
     tiling, N = _tiling(states, BC.dtype == torch.int32), _power_of_2(states)
     blocks, parts = ceil_div(channels, GRADIENT["BLOCK"]), ceil_div(window, split)
     pieces = saved.new_empty(blocks, batch, window, 2, N)
     scratch = saved.new_empty(batch * parts * blocks * CHUNK // GRADIENT["T"] * N * GRADIENT["BLOCK"])
+    ends, spans = _between(adjoint, parts)
+    before = torch.empty_like(adjoint)
     for begin in reversed(range(0, steps, window)):
         end = min(begin + window, steps)
         here = ceil_div(end - begin, split)
         time = steps, begin, end, split, channels, states
-        if here == 1:
-            between = adjoint
-        else:
-            between, spans = _between(adjoint, here)
+        if here > 1:
             _adjoint_kernel[ceil_div(channels, BLOCK), here - 1, batch](
-                delta, A, BC, z, bias, resets, dy, between, spans, *time,
+                delta, A, BC, z, bias, resets, dy, ends, spans, *time,
                 *delta.stride(), *_strides(z), *dy.stride(), BC.stride(0), SOFTPLUS=softplus, **tiling,
             )  # fmt: skip
-            _chain(A, between, spans, adjoint, backwards=True)
         _gradient_kernel[blocks, here, batch](
-            x, delta, A, BC, D, z, bias, resets, saved, between, dy, dx, ddelta, dA, pieces, dD, dz, dbias, scratch,
-            *time, *x.stride(), *delta.stride(), *_strides(z), *dy.stride(), *dx.stride(), *ddelta.stride(),
-            *dz.stride(), BC.stride(0), pieces.stride(1), SOFTPLUS=softplus, N=N, CHUNK=CHUNK,
-            num_warps=max(N // 16, 1), **GRADIENT,
+            x, delta, A, BC, D, z, bias, resets, saved, adjoint, ends, spans, dy,
+            dx, ddelta, dA, pieces, dD, dz, dbias, before, scratch, *time,
+            *x.stride(), *delta.stride(), *_strides(z), *dy.stride(), *dx.stride(), *ddelta.stride(), *dz.stride(),
+            BC.stride(0), pieces.stride(1), SOFTPLUS=softplus, N=N, CHUNK=CHUNK, num_warps=max(N // 16, 1), **GRADIENT,
         )  # fmt: skip
         torch.sum(pieces[:, :, : end - begin], 0, out=dBC[:, begin:end])
-        if here > 1:
-            adjoint.copy_(between[:, 0])
-            del between
+        adjoint, before = before, adjoint
+    return adjoint
 
 
 @_backward.register_fake
@@ -746,17 +729,12 @@ def _split(steps: int, warps: int, wanted: int, device: torch.device) -> tuple[i
     return ceil_div(steps, split), split
 
 
-def _between(state: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """Room for what a part makes of zero, later for what it starts from, (b, parts, c, n); and for its length."""
+def _between(state: Tensor, parts: int) -> tuple[Tensor | None, Tensor | None]:
+    """Room for what all parts but one make of zero, (b, parts - 1, c, n), and for their spans (b, parts - 1, c)."""
     batch, channels, states = state.shape
-    return state.new_empty(batch, parts, channels, states), state.new_empty(batch, parts, channels)
-
-
-def _chain(A: Tensor, between: Tensor, spans: Tensor, state: Tensor, backwards: bool = False) -> None:
-    batch, parts, channels, states = between.shape
-    _chain_kernel[ceil_div(channels, 16), batch](
-        A, between, spans, state, parts, channels, states, BACKWARDS=backwards, N=_power_of_2(states), BLOCK=16,
-    )  # fmt: skip
+    if parts == 1:
+        return None, None
+    return state.new_empty(batch, parts - 1, channels, states), state.new_empty(batch, parts - 1, channels)
 
 
 def _power_of_2(size: int) -> int:
