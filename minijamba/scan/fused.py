@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..rungs import ceil_div
 from .parallel import starts as document_starts
@@ -532,9 +533,9 @@ def scan(
     arguments = (x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, segments)
     tensors = (argument for argument in arguments if isinstance(argument, Tensor))
     remember = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    # The operator is for autograd and torch.compile, and costs as much time as a short scan.
-    run = _operator if remember or torch.compiler.is_compiling() else _forward
-    y, last, _ = run(*arguments, remember)
+    # torch.compile needs the operator. Without it, its dispatch would cost as much time as a short scan.
+    eager = _Differentiable.apply if remember else _forward
+    y, last, _ = (_operator if torch.compiler.is_compiling() else eager)(*arguments, remember)
     return y, last
 
 
@@ -582,7 +583,6 @@ def _outputs(x: Tensor, state: Tensor, remember: bool) -> tuple[Tensor, Tensor, 
     return torch.empty_like(x), state.new_empty(state.shape), state.new_empty(len(x), chunks, *state.shape[1:])
 
 
-@torch.library.custom_op("minijamba::selective_scan_backward", mutates_args=())
 def _backward(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, segments: Tensor | None, saved: Tensor,
@@ -651,7 +651,10 @@ def _walk_back(
     return adjoint
 
 
-@_backward.register_fake
+_backward_operator = torch.library.custom_op("minijamba::selective_scan_backward", _backward, mutates_args=())
+
+
+@_backward_operator.register_fake
 def _(x, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, saved, dy, dlast):
     grads = (x.new_empty(0) if v is None else torch.empty_like(v) for v in (x, delta, A, B, C, D, z, delta_bias))
     return *grads, saved.new_empty(len(x), *A.shape)
@@ -663,15 +666,30 @@ def _remember_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, segments, output[2])
 
 
-def _gradients(ctx, dy, dlast, _):
+def _gradients(ctx, dy, dlast, _, run=_backward_operator):
     *tensors, segments, saved = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    *grads, dstate = _backward(*tensors, ctx.delta_softplus, segments, saved, dy, dlast)
+    *grads, dstate = run(*tensors, ctx.delta_softplus, segments, saved, dy, dlast)
     grads = (None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True))
     return *grads, None, dstate, None, None
 
 
 _operator.register_autograd(_gradients, setup_context=_remember_inputs)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The operator without its dispatch."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _remember_inputs(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        return _gradients(ctx, *grads, run=_backward)
 
 
 def _tiling(states: int, packed: bool) -> dict[str, int]:
