@@ -244,6 +244,30 @@ def test_sequences_may_be_more_than_tokens_in_a_window(monkeypatch):
     assert_equals_naive(arguments(3, batch=2))
 
 
+def test_backward_takes_sequences_in_groups(monkeypatch):
+    """Two and one, where two of them fill the processors: one, which wants 8 warps, and a sequence has 4."""
+    follow(monkeypatch, parts=8, window=16)
+    monkeypatch.setattr(fused, "_processors", lambda device: 1)
+    walk_back, groups = fused._walk_back, []
+
+    def counted(*tensors):
+        groups.append(tensors)
+        return walk_back(*tensors)
+
+    def first_group_only(*tensors):
+        groups.append(tensors)
+        return walk_back(*tensors) if len(groups) == 1 else tensors[-8]
+
+    def check(walk_back):
+        groups.clear()
+        monkeypatch.setattr(fused, "_walk_back", walk_back)
+        assert_equals_naive(arguments(19, 3, batch=3), segments=packing(19, 3))
+        assert len(groups) == 2
+
+    check(counted)
+    assert_rejects(check, first_group_only)
+
+
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_wrong_kernels_would_be_found(wrong):
     given, segments = arguments(38, 3), packing(38) if wrong is WRONG["documents run together"] else None
@@ -522,6 +546,18 @@ def test_gradcheck():
 
     assert check(kernel)
     assert not check(changed(B=torch.Tensor.detach))
+
+
+def test_differentiable_once():
+    def twice(rung):
+        given = {name: value.requires_grad_() for name, value in arguments(2, 1).items()}
+        y = selective_scan(**given, delta_softplus=True, rung=rung)
+        (dx,) = torch.autograd.grad(y.sum(), given["x"], create_graph=True)
+        torch.autograd.grad(dx.square().sum() + given["B"].sum(), given["B"])  # has a graph without the scan, too
+
+    twice("naive")
+    with pytest.raises(RuntimeError, match="the fused scan .* create_graph=True: pass rung='naive'"):
+        twice("fused")
 
 
 @pytest.mark.parametrize("backend, options", [("eager", {}), ("aot_eager", {"z": None})])

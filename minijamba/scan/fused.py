@@ -6,8 +6,8 @@ states in registers and walks along time. On its way it meets two kinds of work:
     per token and channel:          softplus, the gate, loads and stores, done for a tile (c, T) of T steps at once;
     per token, channel and state:   state = exp2(delta A) state + (delta x) B, then y = sum_n C state, step by step.
 
-`_rows` takes a tile apart into steps and `_tile` puts steps together again: both only move data between threads. What
-is loaded, B and C too, is loaded as tiles, one tile ahead of its use: memory is hundreds of clocks away.
+`_rows` takes a tile apart into steps and `_tile` puts steps together again: both only move data between threads. B and
+C are loaded as tiles, too, and all tiles well before their use: memory is hundreds of clocks away.
 
 Sums cross threads, which costs more than the arithmetic if it is done for every step. So a thread adds up what it
 holds, and the parts of a whole tile are exchanged at once (`_over_states`, `_over_channels`): again `_rows`.
@@ -26,9 +26,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..rungs import ceil_div
+from .parallel import refuse_to_differentiate_twice
 from .parallel import starts as document_starts
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
@@ -56,7 +56,7 @@ def _softplus(v):
 
 @triton.jit
 def _sigmoid(v):
-    """1 / (1 + exp(-v)), by the reciprocal square root: one instruction, where a division takes five."""
+    """1 / (1 + exp(-v)), by a reciprocal square root: two instructions, where a division takes five."""
     root = tl.rsqrt(1 + tl.exp2(v * -LOG2E))
     return root * root
 
@@ -171,8 +171,8 @@ def _forward_kernel(
     SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Run a part of time: outputs y, the states at chunk starts (saved) and the final state, from where the part before
-    ends. Where y is None, run it from zero: outputs its end and its span, for the parts behind."""
+    """Run a part of time from where the one before ends: outputs y, the states at chunk starts (saved), the last state.
+    Without y, run it from zero: outputs the state at its end and its span, from which later parts find their starts."""
     wide = state.dtype.element_ty
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     K: tl.constexpr = N // W
@@ -272,7 +272,8 @@ def _adjoint_kernel(
     delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, BC_b,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Run a part of time, but the first, backwards from zero: outputs the adjoint before it, its end, and its span."""
+    """Run a part of time backwards from an adjoint of zero: outputs the adjoint before its first step, and its span.
+    The first part is left out, since nothing starts where it ends."""
     wide = ends.dtype.element_ty
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     K: tl.constexpr = N // W
@@ -518,8 +519,9 @@ def _gradient_kernel(
 
 BLOCK = 16  # channels a program of the scans
 TILE = 32  # steps a tile of theirs has at most
+# Of the gradient kernel: channels a program, steps of a tile, steps of a sweep, sweeps whose loads go out at once.
 GRADIENT = {"BLOCK": 16, "T": 4, "SWEEP": 8, "AT_ONCE": 4}
-CHUNK = 128  # steps from one kept state to the next
+CHUNK = 128  # steps from one kept state to the next: full tiles, and full sweeps at once
 WINDOWS = 8  # that the backward pass cuts the tokens into, one after the other, which bounds its memory
 WINDOW = 1024  # tokens that one has at least
 WARPS = {"forward": 4, "backward": 8}  # that an SM should have, or else time is split
@@ -533,7 +535,7 @@ def scan(
     arguments = (x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, segments)
     tensors = (argument for argument in arguments if isinstance(argument, Tensor))
     remember = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    # torch.compile needs the operator. Without it, its dispatch would cost as much time as a short scan.
+    # torch.compile needs the operator; otherwise its dispatch would take nearly as long as a short scan.
     eager = _Differentiable.apply if remember else _forward
     y, last, _ = (_operator if torch.compiler.is_compiling() else eager)(*arguments, remember)
     return y, last
@@ -601,7 +603,7 @@ def _backward(
         dstate.copy_(dlast)
     BC, resets = _pack(B, C, saved.dtype), _resets(segments)
     blocks = ceil_div(channels, GRADIENT["BLOCK"])
-    group, window, parts, split = _windows(batch, steps, blocks * max(_power_of_2(states) // 16, 1), x.device)
+    group, window, parts, split = _windows(batch, steps, blocks * _gradient_warps(states), x.device)
     dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), torch.empty_like(x if z is None else z)
     dBC = saved.new_empty(batch, steps, 2, _power_of_2(states))
     dA = saved.new_zeros(batch, parts, channels, states)
@@ -621,8 +623,8 @@ def _walk_back(
     A, D, bias, softplus, window, split, x, delta, BC, z, resets, saved, dy, adjoint,
     dx, ddelta, dz, dBC, dA, dD, dbias,
 ):  # fmt: skip
-    """The gradients of some sequences, window by window from the last, and from the adjoint behind the last. Returns
-    that before the first; what it was given is written over."""
+    """Write the gradients of some sequences, window by window from the last, given the adjoint behind it. Returns the
+    adjoint before the first window; the one given is written over."""
     batch, steps, channels = x.shape
     states = A.shape[1]
     tiling, N = _tiling(states, BC.dtype == torch.int32), _power_of_2(states)
@@ -644,7 +646,8 @@ def _walk_back(
             x, delta, A, BC, D, z, bias, resets, saved, adjoint, ends, spans, dy,
             dx, ddelta, dA, pieces, dD, dz, dbias, before, scratch, *time,
             *x.stride(), *delta.stride(), *_strides(z), *dy.stride(), *dx.stride(), *ddelta.stride(), *dz.stride(),
-            BC.stride(0), pieces.stride(1), SOFTPLUS=softplus, N=N, CHUNK=CHUNK, num_warps=max(N // 16, 1), **GRADIENT,
+            BC.stride(0), pieces.stride(1), SOFTPLUS=softplus, N=N, CHUNK=CHUNK,
+            num_warps=_gradient_warps(states), **GRADIENT,
         )  # fmt: skip
         torch.sum(pieces[:, :, : end - begin], 0, out=dBC[:, begin:end])
         adjoint, before = before, adjoint
@@ -661,7 +664,7 @@ def _(x, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, saved, dy, 
 
 
 def _remember_inputs(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # nothing has the gradient of the saved states, and zeros would take their memory
+    ctx.set_materialize_grads(False)  # or the saved states, whose gradient nobody has, would get zeros of their size
     *tensors, ctx.delta_softplus, _, segments, _ = inputs
     ctx.save_for_backward(*tensors, segments, output[2])
 
@@ -678,7 +681,7 @@ _operator.register_autograd(_gradients, setup_context=_remember_inputs)
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator without its dispatch."""
+    """The operator for autograd alone, without its dispatch."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -687,8 +690,8 @@ class _Differentiable(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
+        refuse_to_differentiate_twice("fused")
         return _gradients(ctx, *grads, run=_backward)
 
 
@@ -699,6 +702,11 @@ def _tiling(states: int, packed: bool) -> dict[str, int]:
     W = min(N, 4)
     T = min(TILE, (128 if packed else 64) * W // N)
     return {"N": N, "W": W, "BLOCK": BLOCK, "T": T, "num_warps": max(BLOCK * W // 32, 1)}
+
+
+def _gradient_warps(states: int) -> int:
+    """A warp has the registers for 16 states of a block."""
+    return max(_power_of_2(states) // 16, 1)
 
 
 def _pack(B: Tensor, C: Tensor, wide: torch.dtype) -> Tensor:
@@ -727,7 +735,8 @@ def _resets(segments: Tensor | None) -> Tensor | None:
 def _windows(batch: int, steps: int, warps: int, device: torch.device) -> tuple[int, int, int, int]:
     """How the backward pass goes: sequences at once, steps of a window, parts of a window, and the steps of a part.
 
-    What it keeps in pieces grows with the tokens of a window, so a batch that fills the GPU several times is cut, too.
+    Pieces take memory for each token at once and scratch for each program, so a batch that fills the GPU several times
+    is cut, too.
     """
     wanted = WARPS["backward"]
     group = max(min(round(wanted * _processors(device) / max(warps, 1)), batch), 1)

@@ -21,7 +21,6 @@ from itertools import repeat
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .naive import skip_and_gate, step_length
 
@@ -64,6 +63,12 @@ def starts(segments: Tensor) -> Tensor:
     return changes
 
 
+def refuse_to_differentiate_twice(rung: str) -> None:
+    """For a backward pass by hand, which autograd cannot differentiate: it would take all gradients for constants."""
+    if torch.is_grad_enabled():  # as it is with create_graph=True
+        raise RuntimeError(f"the {rung} scan can be differentiated once, not with create_graph=True: pass rung='naive'")
+
+
 class _ChunkedScan(torch.autograd.Function):
     """y_t = <C_t, state_t> and the last state, where state_t = exp(delta_t A) * state_{t-1} + B_t delta_t x_t.
 
@@ -83,8 +88,8 @@ class _ChunkedScan(torch.autograd.Function):
         return y, state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y, grad_state):
+        refuse_to_differentiate_twice("parallel")
         x, delta, B, C, A, starts, *boundaries = ctx.saved_tensors
         length, room = _room(3, x, grad_state)
         grad_A, grads = torch.zeros_like(A), []
