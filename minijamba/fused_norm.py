@@ -116,7 +116,8 @@ def rms_norm(x, weight, eps, SIZE: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def inverse_rms(x, eps, SIZE: tl.constexpr):
-    return tl.rsqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None]
+    square = tl.sum(x * x, 1) / SIZE + eps
+    return (1 / tl.sqrt(square) if square.dtype == tl.float64 else tl.rsqrt(square))[:, None]
 
 
 @triton.jit

@@ -22,33 +22,35 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 MANY = 10**6
 
-# Time is cut into chunks, chunks make parts that run side by side, and parts make windows that backward takes in turn.
-# For 38 steps; and how often each kernel is launched then.
+# Time is cut into chunks, chunks make parts that run side by side, and backward goes through the parts by windows.
+# Warps that are wanted and tokens of a window, for 38 steps; and how often each kernel is launched then.
 PLANS = {
-    "one part": ({"parts": 0, "window": MANY}, {"forward": 1, "gradient": 1}),
-    "many parts": ({"parts": MANY, "window": MANY}, {"forward": 2, "adjoint": 1, "gradient": 1}),
-    "many windows": ({"parts": 0, "window": 16}, {"forward": 1, "gradient": 3}),
-    "parts in windows": ({"parts": MANY, "window": 32}, {"forward": 2, "adjoint": 1, "gradient": 2}),
+    "one part": (0, MANY, {"forward": 1, "gradient": 1, "add": 1}),
+    "many parts": (MANY, MANY, {"forward": 2, "adjoint": 1, "gradient": 1, "add": 1}),
+    "many windows": (0, 16, {"forward": 1, "gradient": 3, "add": 3}),
+    "windows in parts": (16, 32, {"forward": 2, "adjoint": 1, "gradient": 2, "add": 2}),
 }
 
 
-def follow(monkeypatch, parts, window):
+def follow(monkeypatch, warps, window):
     changes = {
         "CHUNK": 16,
         "BLOCK": 8,
         "GRADIENT": fused.GRADIENT | {"BLOCK": 8, "AT_ONCE": 2},
-        "WARPS": {"forward": parts, "backward": parts},
+        "ADD": fused.ADD | {"DEEP": 2},
+        "WARPS": dict.fromkeys(fused.WARPS, warps) | {"adjoint": MANY},
         "WINDOWS": MANY,
         "WINDOW": window,
     }
     for name, value in changes.items():
         monkeypatch.setattr(fused, name, value)
+    monkeypatch.setattr(fused, "_processors", lambda device: 1)
 
 
 @pytest.fixture
 def in_parts(monkeypatch):
-    """Two parts in 20 steps, two windows in 38."""
-    follow(monkeypatch, parts=MANY, window=32)
+    """Two parts in 20 steps; in 38 two for backward, in two windows."""
+    follow(monkeypatch, warps=16, window=32)
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +136,7 @@ def results(scan, given, view=lambda v: v, gradient=wave, softplus=True, segment
 def watch(monkeypatch):
     """The arguments of every launch from now on, by kernel."""
     launches = {}
-    for name in "forward", "adjoint", "gradient":
+    for name in "forward", "adjoint", "gradient", "add":
         kernel = getattr(fused, f"_{name}_kernel")
 
         def run(*args, name=name, kernel=kernel, launch=kernel.run, **options):
@@ -227,9 +229,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("plan, launches", PLANS.values(), ids=PLANS)
-def test_chunks_parts_and_windows_are_seamless(plan, launches, monkeypatch):
-    follow(monkeypatch, **plan)
+@pytest.mark.parametrize("warps, window, launches", PLANS.values(), ids=PLANS)
+def test_chunks_parts_and_windows_are_seamless(warps, window, launches, monkeypatch):
+    follow(monkeypatch, warps, window)
     seen = watch(monkeypatch)
     assert_equals_naive(arguments(38, 3), segments=packing(38))
     assert {name: len(seen[name]) for name in seen} == launches
@@ -245,18 +247,18 @@ def test_sequences_may_be_more_than_tokens_in_a_window(monkeypatch):
 
 
 def test_backward_takes_sequences_in_groups(monkeypatch):
-    """Two and one, where two of them fill the processors: one, which wants 8 warps, and a sequence has 4."""
-    follow(monkeypatch, parts=8, window=16)
-    monkeypatch.setattr(fused, "_processors", lambda device: 1)
+    """Two and one, where two of them fill the processors: one, which wants 16 warps, and a sequence has 8."""
+    follow(monkeypatch, warps=16, window=16)
     walk_back, groups = fused._walk_back, []
 
     def counted(*tensors):
         groups.append(tensors)
-        return walk_back(*tensors)
+        walk_back(*tensors)
 
     def first_group_only(*tensors):
         groups.append(tensors)
-        return walk_back(*tensors) if len(groups) == 1 else tensors[-8]
+        if len(groups) == 1:
+            walk_back(*tensors)
 
     def check(walk_back):
         groups.clear()
@@ -520,7 +522,7 @@ def test_outputs_are_written_in_full_and_nothing_else_is(in_parts, monkeypatch):
 
 def test_two_runs_give_the_same_bits(monkeypatch):
     if not GPU:
-        follow(monkeypatch, parts=MANY, window=32)
+        follow(monkeypatch, warps=MANY, window=32)
     steps, channels = (4097, 1024) if GPU else (18, 3)
     given = arguments(steps, channels, dtype=torch.float32)
     first = results(kernel, given)

@@ -86,6 +86,7 @@ def least(setting: Setting, batch: int, steps: int) -> dict[str, int]:
 LOOP, PSCAN = "transformers", "transformers, mambapy"
 COMPILED = "transformers, associative scan, compiled"
 LONG = [(1, 32768), (1, 65536), (1, 131072), (1, 262144)]
+TRAINING = [(1, 2048), (8, 2048), (1, 8192), (1, 32768)]
 
 SCAN = Component(
     name="scan",
@@ -112,9 +113,9 @@ SCAN = Component(
             cases={
                 "forward": [(1, 2048), (8, 2048), (1, 8192), *LONG],
                 "floor of forward": [(1, 2048), (8, 2048), (1, 8192), *LONG],
-                "forward in a row": [(1, 2048)],
-                "forward + backward": [(1, 2048), (8, 2048), (1, 8192), (1, 32768)],
-                "forward + backward in a row": [(1, 2048)],
+                "forward in a row": [(1, 2048), *LONG[:2]],
+                "forward + backward": TRAINING,
+                "forward + backward in a row": TRAINING,
                 "peak memory of forward + backward": [(8, 2048), (1, 8192), (1, 32768)],
                 "error of forward + backward": [(2, 257)],
             },

@@ -65,8 +65,6 @@ def selective_scan(
     Source: Mamba, algorithm 2, as in its code: A is discretised by zero-order hold, B by Euler's rule.
     """
     _check("b, t, c", x, delta, A, B, C, D, z, delta_bias, state, segments)
-    if state is None:
-        state = torch.zeros(x.shape[0], *A.shape, dtype=_wide(x), device=x.device)
     run = choose("scan", rung, rungs(x.device), x.device)
     y, state = run(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, segments)
     return (y, state) if return_state else y
@@ -161,11 +159,6 @@ def _one_group(tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """The state sums hundreds of steps: float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _check(axes, x, delta, A, B, C, D, z, delta_bias, state, segments=None) -> None:
     if x.dim() != len(axes.split()) or A.dim() != 2:
         raise ValueError(f"x must be ({axes}) and A (c, n), not {tuple(x.shape)} and {tuple(A.shape)}")
@@ -194,5 +187,5 @@ def _check(axes, x, delta, A, B, C, D, z, delta_bias, state, segments=None) -> N
         if tensor.is_floating_point() == (name == "segments") or tensor.is_complex():
             kind = "integers" if name == "segments" else "real floating-point numbers"
             raise ValueError(f"{name} must hold {kind}, not {tensor.dtype}")
-    if state is not None and state.dtype != _wide(x):
-        raise ValueError(f"state must be {_wide(x)} when x is {x.dtype}, not {state.dtype}: pass state.to({_wide(x)})")
+    if state is not None and state.dtype != (wide := naive.state_dtype(x)):
+        raise ValueError(f"state must be {wide} when x is {x.dtype}, not {state.dtype}: pass state.to({wide})")

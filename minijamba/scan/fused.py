@@ -20,7 +20,13 @@ of the loss with respect to the state; it obeys the same recurrence with time re
 
 Where channels are too few to fill a GPU, time is split: every part first runs from zero, then all run again, each from
 the ends of those before. That costs the exponentials twice.
+
+Gradients of B and C are sums over all channels, of which a program has few: what each has, its piece, waits in memory
+to be added up. So that pieces do not fill it, the parts are walked back a window of time after the other.
 """
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import triton
@@ -28,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rungs import ceil_div
+from .naive import state_dtype
 from .parallel import refuse_to_differentiate_twice
 from .parallel import starts as document_starts
 
@@ -55,10 +62,19 @@ def _softplus(v):
 
 
 @triton.jit
+def _inverse(v):
+    """1 / v for v > 0, by a reciprocal square root: two instructions, where a division takes seven."""
+    if v.dtype == tl.float64:
+        inverse = 1 / v
+    else:
+        root = tl.rsqrt(v)
+        inverse = root * root
+    return inverse
+
+
+@triton.jit
 def _sigmoid(v):
-    """1 / (1 + exp(-v)), by a reciprocal square root: two instructions, where a division takes five."""
-    root = tl.rsqrt(1 + tl.exp2(v * -LOG2E))
-    return root * root
+    return _inverse(1 + tl.exp2(v * -LOG2E))
 
 
 @triton.jit
@@ -106,11 +122,11 @@ def _sum(tensors):
 
 @triton.jit
 def _over_channels(rows, T: tl.constexpr):
-    """Sums over the channels of T tensors (n, c): (n, T). A thread adds what it holds, then 8 parts are exchanged."""
+    """Sums over the channels of T tensors (n, c): (n, T). A thread adds its two channels, then sums are exchanged."""
     N: tl.constexpr = rows[0].shape[0]
     BLOCK: tl.constexpr = rows[0].shape[1]
-    parts = tl.sum(tl.reshape(_tile(rows, T), (N, BLOCK // 8, 8, T)), 1)
-    return _sum(_rows(tl.permute(parts, (0, 2, 1)), 8))
+    parts = tl.sum(tl.reshape(_tile(rows, T), (N, 2, BLOCK // 2, T)), 1)
+    return _sum(_rows(tl.permute(parts, (0, 2, 1)), BLOCK // 2))
 
 
 @triton.jit
@@ -160,20 +176,29 @@ def _length(v, bias, inside, SOFTPLUS: tl.constexpr):
     return tl.where(inside, v, 0)
 
 
+@triton.jit
+def _halves(tile):
+    """(r, 2k) as two tiles (r, k)."""
+    R: tl.constexpr = tile.shape[0]
+    K: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (R, 2, K)), (0, 2, 1)))
+
+
 # The kernels.
 
 
 @triton.jit
 def _forward_kernel(
     x, delta, A, BC, D, z, bias, resets, state, ends, spans, y, saved, final,
-    steps, split, channels, states,
+    steps, split, channels,
     x_b, x_t, x_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, y_b, y_t, y_c, BC_b,
-    SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
-    CHUNK: tl.constexpr,
+    STATES: tl.constexpr, SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Run a part of time from where the one before ends: outputs y, the states at chunk starts (saved), the last state.
-    Without y, run it from zero: outputs the state at its end and its span, from which later parts find their starts."""
-    wide = state.dtype.element_ty
+    """Run a part of time from where the one before ends: outputs y, the states at the starts of chunks (saved) and
+    the last state. Without y, run it from zero: outputs the state at its end and its span, from which later parts find
+    their starts."""
+    wide = final.dtype.element_ty
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     K: tl.constexpr = N // W
     k, w, t = tl.arange(0, K), tl.arange(0, W), tl.arange(0, T)
@@ -184,14 +209,15 @@ def _forward_kernel(
     first = part * split
     last = tl.minimum(first + split, steps)
     channel = c < channels
-    real = (n < states)[:, None, :] & channel[None, :, None]
-    of_state = n[:, None, :] + c[None, :, None] * states
-    size = channels * states
+    real = (n < STATES)[:, None, :] & channel[None, :, None]
+    of_state = n[:, None, :] + c[None, :, None] * STATES
+    size = channels * STATES
 
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
     h = tl.zeros((K, BLOCK, W), wide)
     if y is not None:
-        h += tl.load(state + b * size + of_state, mask=real, other=0)
+        if state is not None:
+            h += tl.load(state + b * size + of_state, mask=real, other=0)
         if ends is not None:
             for earlier in range(part):
                 place = b * (parts - 1) + earlier
@@ -268,12 +294,13 @@ def _forward_kernel(
 @triton.jit
 def _adjoint_kernel(
     delta, A, BC, z, bias, resets, dy, ends, spans,
-    steps, begin, end, split, channels, states,
+    steps, split, reach, channels,
     delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, BC_b,
-    SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    STATES: tl.constexpr, SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
-    """Run a part of time backwards from an adjoint of zero: outputs the adjoint before its first step, and its span.
-    The first part is left out, since nothing starts where it ends."""
+    """Run a piece of a part of time backwards from an adjoint of zero: outputs the adjoint before its first step, and
+    its span. The first part is left out, since nothing starts where it ends."""
     wide = ends.dtype.element_ty
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     K: tl.constexpr = N // W
@@ -282,12 +309,14 @@ def _adjoint_kernel(
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = tl.program_id(2).to(tl.int64)
     place = b * tl.num_programs(1) + tl.program_id(1)
-    first = begin + (tl.program_id(1) + 1) * split
-    last = tl.minimum(first + split, end)
+    pieces = tl.cdiv(split, reach)
+    part, piece = 1 + tl.program_id(1) // pieces, tl.program_id(1) % pieces
+    first = part * split + piece * reach
+    last = tl.maximum(tl.minimum(tl.minimum(first + reach, part * split + split), steps), first)
     channel = c < channels
-    real = (n < states)[:, None, :] & channel[None, :, None]
-    of_state = n[:, None, :] + c[None, :, None] * states
-    size = channels * states
+    real = (n < STATES)[:, None, :] & channel[None, :, None]
+    of_state = n[:, None, :] + c[None, :, None] * STATES
+    size = channels * STATES
 
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
     g = tl.zeros((K, BLOCK, W), wide)
@@ -337,18 +366,19 @@ def _adjoint_kernel(
     tl.store(spans + place * channels + c, tl.sum(span, 1), mask=channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "fresh"])
 def _gradient_kernel(
-    x, delta, A, BC, D, z, bias, resets, saved, adjoint, ends, spans, dy,
-    dx, ddelta, dA, dBC, dD, dz, dbias, dstate, scratch,
-    steps, begin, end, split, channels, states,
+    x, delta, A, BC, D, z, bias, resets, saved, dlast, ends, spans, dy,
+    dx, ddelta, dz, dA, sums, pieces, adjoint, scratch,
+    steps, split, window, begin, fresh, reach, channels,
     x_b, x_t, x_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c,
-    dx_b, dx_t, dx_c, ddelta_b, ddelta_t, ddelta_c, dz_b, dz_t, dz_c, BC_b, dBC_b,
-    SOFTPLUS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
-    SWEEP: tl.constexpr, AT_ONCE: tl.constexpr,
+    dx_b, dx_t, dx_c, ddelta_b, ddelta_t, ddelta_c, dz_b, dz_t, dz_c, BC_b,
+    STATES: tl.constexpr, SOFTPLUS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    CHUNK: tl.constexpr, SWEEP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Walk a part of time from its last chunk to its first, given the states before chunks and the adjoint behind all
-    parts: outputs all gradients, and the adjoint before all parts (dstate)."""
+    """Walk a window of a part of time from its last chunk to its first, given the states before chunks: outputs all
+    gradients. The adjoint and the sums over time wait in memory for the window before. A fresh walk finds its adjoint
+    from the ends of the later parts."""
     wide = saved.dtype.element_ty
     LANES: tl.constexpr = N // 4 if N > 4 else 1
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
@@ -356,38 +386,52 @@ def _gradient_kernel(
     part, parts = tl.program_id(1), tl.num_programs(1)
     b = tl.program_id(2).to(tl.int64)
     n, s, t = tl.arange(0, N), tl.arange(0, SWEEP), tl.arange(0, T)
-    first = begin + part * split
-    last = tl.minimum(first + split, end)
+    first = part * split + begin
+    last = tl.minimum(tl.minimum(first + window, part * split + split), steps)
     channel = c < channels
-    real = (n < states)[:, None] & channel[None, :]
-    of_state = n[:, None] + c[None, :] * states
-    size = channels * states
+    real = (n < STATES)[:, None] & channel[None, :]
+    of_state = n[:, None] + c[None, :] * STATES
+    size = channels * STATES
     place = b * parts + part
 
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
     bias_ = None if bias is None else tl.load(bias + c, mask=channel, other=0).to(wide)
     D_ = None if D is None else tl.load(D + c, mask=channel, other=0).to(wide)
-    g = tl.load(adjoint + b * size + of_state, mask=real, other=0)
-    if ends is not None:
-        for later in range(parts - 1, part, -1):
-            behind = b * (parts - 1) + later - 1
-            decay = tl.exp2(tl.load(spans + behind * channels + c, mask=channel, other=0)[None, :] * A_)
-            g = decay * g + tl.load(ends + behind * size + of_state, mask=real, other=0)
-    dA_ = tl.load(dA + place * size + of_state, mask=real, other=0)
-    dD_ = tl.zeros((BLOCK, T), wide)
-    dbias_ = tl.zeros((BLOCK, T), wide)
+    adjoint += place * size + of_state
+    dA += place * size + of_state
+    dD = sums + place * (2 * channels) + c
+    dbias = dD + channels
+    if fresh != 0:
+        g = tl.zeros((N, BLOCK), wide)
+        if dlast is not None:
+            g += tl.load(dlast + b * size + of_state, mask=real, other=0)
+        if ends is not None:
+            shorter = tl.cdiv(split, reach)
+            for later in range((parts - 1) * shorter - 1, part * shorter - 1, -1):
+                behind = b * ((parts - 1) * shorter) + later
+                decay = tl.exp2(tl.load(spans + behind * channels + c, mask=channel, other=0)[None, :] * A_)
+                g = decay * g + tl.load(ends + behind * size + of_state, mask=real, other=0)
+        dA_ = tl.zeros((N, BLOCK), wide)
+        dD_ = tl.zeros((BLOCK, T), wide)
+        dbias_ = tl.zeros((BLOCK, T), wide)
+    else:
+        g = tl.load(adjoint, mask=real, other=0)
+        dA_ = tl.load(dA, mask=real, other=0)
+        dD_ = tl.where(t[None, :] == 0, tl.load(dD, mask=channel, other=0)[:, None], 0)
+        dbias_ = tl.where(t[None, :] == 0, tl.load(dbias, mask=channel, other=0)[:, None], 0)
 
     BC += b * BC_b + n[:, None, None]
-    dBC += (tl.program_id(0) * tl.num_programs(2) + b) * dBC_b + n[:, None] + t[None, :] * (2 * N)
+    width = tl.num_programs(0) * (2 * N)
+    pieces += place * window * width + tl.program_id(0) * (2 * N) + n[:, None] + t[None, :] * width
     scratch += (place * tl.num_programs(0) + tl.program_id(0)) * (CHUNK // T * N * BLOCK)
     scratch += n[:, None] + tl.arange(0, BLOCK)[None, :] * N
 
-    chunks = tl.cdiv(last - first, CHUNK)
+    chunks = tl.cdiv(tl.maximum(last - first, 0), CHUNK)
     for back in range(chunks):
         chunk = first // CHUNK + chunks - 1 - back
         start = (chunk * CHUNK).to(tl.int64)
         count = tl.minimum(CHUNK, last - chunk * CHUNK)
-        words = BC + start * ROW
+        BC_at = BC + start * ROW
 
         # Forwards, for the states at the starts of the chunk's tiles. A sweep is over before the loads of the next one
         # could arrive, so those of several go out together.
@@ -401,7 +445,7 @@ def _gradient_kernel(
                 inside = inside + (channel[:, None] & (j + s < count)[None, :],)
                 xs = xs + (tl.load(x_s + j * x_t, mask=inside[i], other=0),)
                 deltas = deltas + (tl.load(delta_s + j * delta_t, mask=inside[i], other=0),)
-                BCs = BCs + (_fetch(words + (tl.where(j < count, j, 0) + s) * ROW, N),)
+                BCs = BCs + (_fetch(BC_at + (tl.where(j < count, j, 0) + s) * ROW, N),)
             for i in tl.static_range(AT_ONCE):
                 j = sweep + i * SWEEP
                 rows = _by_step(BCs[i], SWEEP)
@@ -428,7 +472,7 @@ def _gradient_kernel(
         if z is not None:
             z_at = _at(z, z_b, z_t, z_c, b, start, c, t)
             dz_at = _at(dz, dz_b, dz_t, dz_c, b, start, c, t)
-        dBC_at = dBC + (start - begin) * (2 * N)
+        pieces_at = pieces + (start - first) * width
         tiles = tl.cdiv(count, T)
         at = (tiles - 1) * T
         inside = channel[:, None] & (at + t < count)[None, :]
@@ -437,7 +481,7 @@ def _gradient_kernel(
         dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0)
         if z is not None:
             z_next = tl.load(z_at + at * z_t, mask=inside, other=0)
-        BC_next = _fetch(words + (at + t) * ROW, N)
+        BC_next = _fetch(BC_at + (at + t) * ROW, N)
         h_next = tl.load(scratch + (tiles - 1) * (N * BLOCK))
         for _ in range(tiles):
             h = h_next
@@ -450,7 +494,7 @@ def _gradient_kernel(
             x_next = tl.load(x_at + at * x_t, mask=inside, other=0)
             delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0)
             dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0)
-            BC_next = _fetch(words + (at + t) * ROW, N)
+            BC_next = _fetch(BC_at + (at + t) * ROW, N)
             delta_ = _length(v, bias_, now, SOFTPLUS)
             if z is not None:
                 z_next = tl.load(z_at + at * z_t, mask=inside, other=0)
@@ -474,7 +518,7 @@ def _gradient_kernel(
                 if z is not None:
                     y_rows = y_rows + (h * C_i,)
                 dC_rows = dC_rows + (h * tl.reshape(dy_rows[i], (1, BLOCK)),)
-            tl.store(dBC_at + here * (2 * N) + N, _over_channels(dC_rows, T))
+            dC_ = _over_channels(dC_rows, T)
             du_rows, dlength_rows, dB_rows = (), (), ()
             for i in tl.static_range(T - 1, -1, -1):
                 length_i, u_i = tl.split(u_rows[i])
@@ -487,10 +531,11 @@ def _gradient_kernel(
                 dlength_rows = (dexponent * A_,) + dlength_rows
                 dA_ += dexponent * length_i[None, :]
             h_next = tl.load(scratch + at // T * (N * BLOCK))
-            tl.store(dBC_at + here * (2 * N), _over_channels(dB_rows, T))
-            du = _over_states(du_rows, T, LANES)
+            tl.store(pieces_at + here * width, _over_channels(dB_rows, T))
+            tl.store(pieces_at + here * width + N, dC_)
+            du, dlength = _halves(_over_states(du_rows + dlength_rows, 2 * T, LANES))
             dx_ = du * delta_
-            ddelta_ = du * x_ + _over_states(dlength_rows, T, LANES) / LOG2E
+            ddelta_ = du * x_ + dlength / LOG2E
             if SOFTPLUS:
                 if bias is not None:
                     v += bias_[:, None]
@@ -507,63 +552,83 @@ def _gradient_kernel(
                     y_ += D_[:, None] * x_
                 tl.store(dz_at + here * dz_t, dout * y_ * gate * (1 + z_ * (1 - gate)), mask=now)
         tl.debug_barrier()
-    if part == 0:
-        tl.store(dstate + b * size + of_state, g, mask=real)
-    tl.store(dA + place * size + of_state, dA_, mask=real)
-    of_channel = place * channels + c
-    tl.store(dD + of_channel, tl.load(dD + of_channel, mask=channel) + tl.sum(dD_, 1), mask=channel)
-    tl.store(dbias + of_channel, tl.load(dbias + of_channel, mask=channel) + tl.sum(dbias_, 1), mask=channel)
+    tl.store(adjoint, g, mask=real)
+    tl.store(dA, dA_, mask=real)
+    tl.store(dD, tl.sum(dD_, 1), mask=channel)
+    tl.store(dbias, tl.sum(dbias_, 1), mask=channel)
+
+
+@triton.jit(do_not_specialize=["begin"])
+def _add_kernel(
+    pieces, dB, dC, blocks, steps, split, window, begin, dB_b, dB_t, dB_n, dC_b, dC_t, dC_n,
+    STATES: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B and C for the tokens of a window: the sum of what the blocks of channels have of them."""
+    r, n, deep, i = tl.arange(0, ROWS), tl.arange(0, N), tl.arange(0, DEEP), tl.arange(0, 2 * N)
+    part, parts, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * ROWS + r
+    count = tl.minimum(tl.minimum(begin + window, split), steps - part * split) - begin
+    pieces += ((b * parts + part) * window + row[:, None, None]) * blocks * (2 * N) + i[None, None, :]
+    total = tl.zeros((ROWS, DEEP, 2 * N), pieces.dtype.element_ty)
+    for block in range(0, blocks, DEEP):
+        there = (row < count)[:, None, None] & (block + deep < blocks)[None, :, None]
+        total += tl.load(pieces + (block + deep)[None, :, None] * (2 * N), mask=there, other=0)
+    dB_, dC_ = _halves(tl.sum(total, 1))
+    real = (row < count)[:, None] & (n < STATES)[None, :]
+    step = (part * split + begin + row).to(tl.int64)[:, None]
+    tl.store(dB + b * dB_b + step * dB_t + n[None, :] * dB_n, dB_, mask=real)
+    tl.store(dC + b * dC_b + step * dC_t + n[None, :] * dC_n, dC_, mask=real)
 
 
 # Launching them.
 
 BLOCK = 16  # channels a program of the scans
-TILE = 32  # steps a tile of theirs has at most
+TILES = {"few": 32, "many": 16}  # steps of their tiles at most, where programs are few and where they are many
 # Of the gradient kernel: channels a program, steps of a tile, steps of a sweep, sweeps whose loads go out at once.
-GRADIENT = {"BLOCK": 16, "T": 4, "SWEEP": 8, "AT_ONCE": 4}
-CHUNK = 128  # steps from one kept state to the next: full tiles, and full sweeps at once
-WINDOWS = 8  # that the backward pass cuts the tokens into, one after the other, which bounds its memory
-WINDOW = 1024  # tokens that one has at least
-WARPS = {"forward": 4, "backward": 8}  # that an SM should have, or else time is split
+GRADIENT = {"BLOCK": 32, "T": 4, "SWEEP": 8, "AT_ONCE": 4}
+ADD = {"ROWS": 1, "DEEP": 128, "num_warps": 8}  # tokens a program of the sum over blocks, blocks at once
+CHUNK = 64  # steps from one kept state to the next: full tiles, and full sweeps at once
+WINDOWS = 6  # that the backward pass cuts the tokens into, one after the other, which bounds its memory
+WINDOW = 1536  # tokens that one has at least
+# Warps that an SM should have, or else time is split; with "many", shorter tiles leave room for more of them at once.
+WARPS = {"forward": 4, "adjoint": 32, "backward": 8, "many": 12}
 
 
 def scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, state: Tensor, segments: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, state: Tensor | None, segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The function of `naive.scan`, same arguments, any strides. Differentiable once."""
     arguments = (x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, segments)
     tensors = (argument for argument in arguments if isinstance(argument, Tensor))
     remember = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     # torch.compile needs the operator; otherwise its dispatch would take nearly as long as a short scan.
-    eager = _Differentiable.apply if remember else _forward
-    y, last, _ = (_operator if torch.compiler.is_compiling() else eager)(*arguments, remember)
-    return y, last
+    if torch.compiler.is_compiling():
+        return _operator(*arguments, remember)[:2]
+    return _Differentiable.apply(*arguments) if remember else _forward(*arguments, False)[:2]
 
 
 def _forward(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, state: Tensor, segments: Tensor | None, remember: bool,
+    delta_bias: Tensor | None, delta_softplus: bool, state: Tensor | None, segments: Tensor | None, remember: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the last state, and with `remember` the states (b, chunks, c, n) that the backward pass starts from."""
     batch, steps, channels = x.shape
-    states = A.shape[1]
     A, D, delta_bias, state = (_contiguous(tensor) for tensor in (A, D, delta_bias, state))
-    BC, resets = _pack(B, C, state.dtype), _resets(segments)
-    y, last, saved = _outputs(x, state, remember)
-    tiling = _tiling(states, BC.dtype == torch.int32)
     blocks = ceil_div(channels, BLOCK)
-
+    y, last, saved = _outputs(x, A, remember)
+    BC, resets = _pack(B, C, last.dtype), _resets(segments)
+    tiling = _tiling(A, BC, batch * blocks)
     parts, split = _split(steps, batch * blocks * tiling["num_warps"], WARPS["forward"], x.device)
-    ends, spans = _between(state, parts)
+    ends, spans = _between(last, parts - 1)
 
     def launch(parts, y, saved):
         gate = None if y is None else z
         _forward_kernel[blocks, parts, batch](
             x, delta, A, BC, D, gate, delta_bias, resets, state, ends, spans, y, saved, last,
-            steps, split, channels, states,
+            steps, split, channels,
             *x.stride(), *delta.stride(), *_strides(gate), *_strides(y), BC.stride(0),
-            SOFTPLUS=delta_softplus, CHUNK=CHUNK, **tiling,
+            STATES=A.shape[1], SOFTPLUS=delta_softplus, CHUNK=CHUNK, **tiling,
         )  # fmt: skip
 
     if parts > 1:
@@ -577,12 +642,13 @@ _operator = torch.library.custom_op("minijamba::selective_scan", _forward, mutat
 
 @_operator.register_fake
 def _(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, segments, remember):
-    return _outputs(x, state, remember)
+    return _outputs(x, A, remember)
 
 
-def _outputs(x: Tensor, state: Tensor, remember: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, A: Tensor, remember: bool) -> tuple[Tensor, Tensor, Tensor]:
     chunks = ceil_div(x.shape[1], CHUNK) if remember else 0
-    return torch.empty_like(x), state.new_empty(state.shape), state.new_empty(len(x), chunks, *state.shape[1:])
+    last = x.new_empty(len(x), *A.shape, dtype=state_dtype(x))
+    return torch.empty_like(x), last, last.new_empty(len(x), chunks, *A.shape)
 
 
 def _backward(
@@ -596,62 +662,77 @@ def _backward(
     up afterwards: atomic additions would come in another order every time.
     """
     batch, steps, channels = x.shape
-    states = A.shape[1]
-    A_, D_, bias = (_contiguous(tensor) for tensor in (A, D, delta_bias))
-    dstate = saved.new_zeros(batch, channels, states)
-    if dlast is not None:
-        dstate.copy_(dlast)
+    A_, D_, bias, dlast = (_contiguous(tensor) for tensor in (A, D, delta_bias, dlast))
+    warps = ceil_div(channels, GRADIENT["BLOCK"]) * _gradient_warps(A)
+    group, parts, split, window = _walk(batch, steps, warps, x.device)
+    dx, ddelta, dB, dC = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
+    dz = None if z is None else torch.empty_like(z)
+    adjoint, dA = (saved.new_empty(batch, parts, *A.shape) for _ in range(2))
+    sums = saved.new_empty(batch, parts, 2, channels)
     BC, resets = _pack(B, C, saved.dtype), _resets(segments)
-    blocks = ceil_div(channels, GRADIENT["BLOCK"])
-    group, window, parts, split = _windows(batch, steps, blocks * _gradient_warps(states), x.device)
-    dx, ddelta, dz = torch.empty_like(x), torch.empty_like(delta), torch.empty_like(x if z is None else z)
-    dBC = saved.new_empty(batch, steps, 2, _power_of_2(states))
-    dA = saved.new_zeros(batch, parts, channels, states)
-    dD, dbias = (saved.new_zeros(batch, parts, channels) for _ in range(2))
-    of_batch = x, delta, BC, z, resets, saved, dy, dstate, dx, ddelta, dz, dBC, dA, dD, dbias
+    of_batch = x, delta, BC, z, resets, saved, dlast, dy, dx, ddelta, dB, dC, dz, dA, sums, adjoint
     for first in range(0, batch, group):
         some = (None if tensor is None else tensor[first : first + group] for tensor in of_batch)
-        dstate[first : first + group] = _walk_back(A_, D_, bias, delta_softplus, window, split, *some)
-    dB, dC = (part.to(like.dtype, copy=True) for part, like in zip(dBC[..., :states].unbind(2), (B, C), strict=True))
-    sums = (dA, A), (dD, D), (dbias, delta_bias)
-    dA, dD, dbias = (None if vector is None else pieces.sum((0, 1)).to(vector.dtype) for pieces, vector in sums)
-    grads = dx, ddelta, dA, dB, dC, dD, None if z is None else dz, dbias
-    return *(x.new_empty(0) if grad is None else grad for grad in grads), dstate
+        _walk_back(A_, D_, bias, delta_softplus, split, window, *some)
+    dA, dD, dbias = (
+        None if like is None else pieces.sum((0, 1)).to(like.dtype)
+        for pieces, like in ((dA, A), (sums[:, :, 0], D), (sums[:, :, 1], delta_bias))
+    )
+    grads = dx, ddelta, dA, dB, dC, dD, dz, dbias
+    return *(x.new_empty(0) if grad is None else grad for grad in grads), adjoint[:, 0].contiguous()
 
 
 def _walk_back(
-    A, D, bias, softplus, window, split, x, delta, BC, z, resets, saved, dy, adjoint,
-    dx, ddelta, dz, dBC, dA, dD, dbias,
+    A, D, bias, softplus, split, window, x, delta, BC, z, resets, saved, dlast, dy,
+    dx, ddelta, dB, dC, dz, dA, sums, adjoint,
 ):  # fmt: skip
-    """Write the gradients of some sequences, window by window from the last, given the adjoint behind it. Returns the
-    adjoint before the first window; the one given is written over."""
+    """Write the gradients of some sequences, window by window from the last; the adjoints before all parts remain."""
     batch, steps, channels = x.shape
-    states = A.shape[1]
-    tiling, N = _tiling(states, BC.dtype == torch.int32), _power_of_2(states)
-    blocks, parts = ceil_div(channels, GRADIENT["BLOCK"]), ceil_div(window, split)
-    pieces = saved.new_empty(blocks, batch, window, 2, N)
+    states, parts = A.shape[1], adjoint.shape[1]
+    N, blocks = _power_of_2(states), ceil_div(channels, GRADIENT["BLOCK"])
+    pieces = saved.new_empty(blocks * batch * parts * window * 2 * N)
     scratch = saved.new_empty(batch * parts * blocks * CHUNK // GRADIENT["T"] * N * GRADIENT["BLOCK"])
-    ends, spans = _between(adjoint, parts)
-    before = torch.empty_like(adjoint)
-    for begin in reversed(range(0, steps, window)):
-        end = min(begin + window, steps)
-        here = ceil_div(end - begin, split)
-        time = steps, begin, end, split, channels, states
-        if here > 1:
-            _adjoint_kernel[ceil_div(channels, BLOCK), here - 1, batch](
-                delta, A, BC, z, bias, resets, dy, ends, spans, *time,
-                *delta.stride(), *_strides(z), *dy.stride(), BC.stride(0), SOFTPLUS=softplus, **tiling,
-            )  # fmt: skip
-        _gradient_kernel[blocks, here, batch](
-            x, delta, A, BC, D, z, bias, resets, saved, adjoint, ends, spans, dy,
-            dx, ddelta, dA, pieces, dD, dz, dbias, before, scratch, *time,
-            *x.stride(), *delta.stride(), *_strides(z), *dy.stride(), *dx.stride(), *ddelta.stride(), *dz.stride(),
-            BC.stride(0), pieces.stride(1), SOFTPLUS=softplus, N=N, CHUNK=CHUNK,
-            num_warps=_gradient_warps(states), **GRADIENT,
+    of_adjoint = *delta.stride(), *_strides(z), *dy.stride(), BC.stride(0)
+    of_gradient = *x.stride(), *delta.stride(), *_strides(z), *dy.stride()
+    of_gradient += *dx.stride(), *ddelta.stride(), *_strides(dz), BC.stride(0)
+
+    programs = batch * ceil_div(channels, BLOCK) * (parts - 1)
+    tiling = _tiling(A, BC, programs * ceil_div(split, CHUNK))
+    _, reach = _split(split, programs * tiling["num_warps"], WARPS["adjoint"], x.device)
+    shorter = (parts - 1) * ceil_div(split, reach)
+    ends, spans = _between(adjoint[:, 0], shorter)
+    if parts > 1:
+        _adjoint_kernel[ceil_div(channels, BLOCK), shorter, batch](
+            delta, A, BC, z, bias, resets, dy, ends, spans, steps, split, reach, channels, *of_adjoint,
+            STATES=states, SOFTPLUS=softplus, **tiling,
         )  # fmt: skip
-        torch.sum(pieces[:, :, : end - begin], 0, out=dBC[:, begin:end])
-        adjoint, before = before, adjoint
-    return adjoint
+    constants = {"STATES": states, "SOFTPLUS": softplus, "N": N, **GRADIENT, "CHUNK": CHUNK}
+    constants["num_warps"] = _gradient_warps(A)
+    gradient = _again(_gradient_kernel, (blocks, parts, batch), constants)
+    add = _again(_add_kernel, (ceil_div(window, ADD["ROWS"]), parts, batch), {"STATES": states, "N": N, **ADD})
+    for begin in reversed(range(0, split, window)):
+        gradient(
+            x, delta, A, BC, D, z, bias, resets, saved, dlast, ends, spans, dy,
+            dx, ddelta, dz, dA, sums, pieces, adjoint, scratch,
+            steps, split, window, begin, int(begin + window >= split), reach, channels, *of_gradient,
+        )  # fmt: skip
+        add(pieces, dB, dC, blocks, steps, split, window, begin, *dB.stride(), *dC.stride())
+
+
+def _again(kernel, grid: tuple[int, int, int], constants: dict[str, object]) -> Callable[..., None]:
+    """A function that launches a kernel, from the second time on without asking which version of it fits the
+    arguments: they must differ only in numbers for which there is one version. That saves 30 of 45 microseconds."""
+    compiled = None
+    in_order = [constants[name] for name in kernel.arg_names if name in constants]
+
+    def launch(*arguments):
+        nonlocal compiled
+        if compiled is None:
+            compiled = kernel[grid](*arguments, **constants)  # None in the interpreter
+        else:
+            compiled[grid](*arguments, *in_order)
+
+    return launch
 
 
 _backward_operator = torch.library.custom_op("minijamba::selective_scan_backward", _backward, mutates_args=())
@@ -663,21 +744,25 @@ def _(x, delta, A, B, C, D, z, delta_bias, delta_softplus, segments, saved, dy, 
     return *grads, saved.new_empty(len(x), *A.shape)
 
 
-def _remember_inputs(ctx, inputs, output) -> None:
+def _remember(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # or the saved states, whose gradient nobody has, would get zeros of their size
-    *tensors, ctx.delta_softplus, _, segments, _ = inputs
-    ctx.save_for_backward(*tensors, segments, output[2])
+    *tensors, ctx.delta_softplus, state, segments = inputs[:11]
+    _, _, saved = output
+    ctx.has_state = state is not None
+    ctx.save_for_backward(*tensors, segments, saved)
 
 
-def _gradients(ctx, dy, dlast, _, run=_backward_operator):
+def _gradients(ctx, dy, dlast, run):
     *tensors, segments, saved = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     *grads, dstate = run(*tensors, ctx.delta_softplus, segments, saved, dy, dlast)
     grads = (None if tensor is None else grad for tensor, grad in zip(tensors, grads, strict=True))
-    return *grads, None, dstate, None, None
+    return *grads, None, dstate if ctx.has_state else None, None
 
 
-_operator.register_autograd(_gradients, setup_context=_remember_inputs)
+_operator.register_autograd(
+    lambda ctx, dy, dlast, *_: (*_gradients(ctx, dy, dlast, _backward_operator), None), setup_context=_remember
+)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -685,28 +770,30 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _remember_inputs(ctx, inputs, output)
-        return output
+        output = _forward(*inputs, True)
+        _remember(ctx, inputs, output)
+        return output[:2]
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, dy, dlast):
         refuse_to_differentiate_twice("fused")
-        return _gradients(ctx, *grads, run=_backward)
+        return _gradients(ctx, dy, dlast, _backward)
 
 
-def _tiling(states: int, packed: bool) -> dict[str, int]:
+def _tiling(A: Tensor, BC: Tensor, programs: int) -> dict[str, int]:
     """How a program of the scans is cut: W threads share the states of a channel, and a tile has the steps whose B and
     C fit the registers."""
-    N = _power_of_2(states)
+    N = _power_of_2(A.shape[1])
     W = min(N, 4)
-    T = min(TILE, (128 if packed else 64) * W // N)
-    return {"N": N, "W": W, "BLOCK": BLOCK, "T": T, "num_warps": max(BLOCK * W // 32, 1)}
+    warps = max(BLOCK * W // 32, 1)
+    many = programs * warps >= WARPS["many"] * _processors(A.device)
+    T = min(TILES["many" if many else "few"], (128 if BC.dtype == torch.int32 else 64) * W // N)
+    return {"N": N, "W": W, "BLOCK": BLOCK, "T": T, "num_warps": warps}
 
 
-def _gradient_warps(states: int) -> int:
-    """A warp has the registers for 16 states of a block."""
-    return max(_power_of_2(states) // 16, 1)
+def _gradient_warps(A: Tensor) -> int:
+    """A warp has the registers for 8 states of a block."""
+    return max(_power_of_2(A.shape[1]) // 8, 1)
 
 
 def _pack(B: Tensor, C: Tensor, wide: torch.dtype) -> Tensor:
@@ -715,7 +802,7 @@ def _pack(B: Tensor, C: Tensor, wide: torch.dtype) -> Tensor:
     Returns (b, t+, N) int32, each a pair of bfloat16, or (b, t+, 2, N) in the state's dtype.
     """
     batch, steps, states = B.shape
-    shape = batch, ceil_div(steps, TILE) * TILE, _power_of_2(states)
+    shape = batch, ceil_div(steps, TILES["few"]) * TILES["few"], _power_of_2(states)
     if B.dtype == C.dtype == torch.bfloat16:
         if shape[1:] == (steps, states):
             return torch.stack((B, C), -1).view(torch.int32).squeeze(3)
@@ -732,19 +819,21 @@ def _resets(segments: Tensor | None) -> Tensor | None:
     return None if segments is None else document_starts(segments).view(torch.int8)
 
 
-def _windows(batch: int, steps: int, warps: int, device: torch.device) -> tuple[int, int, int, int]:
-    """How the backward pass goes: sequences at once, steps of a window, parts of a window, and the steps of a part.
+def _walk(batch: int, steps: int, warps: int, device: torch.device) -> tuple[int, int, int, int]:
+    """How the backward pass goes: sequences at once, parts of time that are walked side by side, the steps of a part,
+    and the steps that each goes back at once.
 
-    Pieces take memory for each token at once and scratch for each program, so a batch that fills the GPU several times
-    is cut, too.
+    Pieces take memory for each token of a window and scratch for each program, so a batch that fills the GPU several
+    times is cut, too.
     """
     wanted = WARPS["backward"]
     group = max(min(round(wanted * _processors(device) / max(warps, 1)), batch), 1)
-    window = max(batch * steps // WINDOWS, WINDOW) // group
-    window = ceil_div(max(min(window, steps), 1), CHUNK) * CHUNK
-    return group, window, *_split(window, group * warps, wanted, device)
+    parts, split = _split(steps, group * warps, wanted, device)
+    window = max(batch * steps // WINDOWS, WINDOW) // (group * parts)
+    return group, parts, split, min(ceil_div(max(window, 1), CHUNK) * CHUNK, split)
 
 
+@cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -757,11 +846,11 @@ def _split(steps: int, warps: int, wanted: int, device: torch.device) -> tuple[i
 
 
 def _between(state: Tensor, parts: int) -> tuple[Tensor | None, Tensor | None]:
-    """Room for what all parts but one make of zero, (b, parts - 1, c, n), and for their spans (b, parts - 1, c)."""
+    """Room for what so many parts make of zero, (b, parts, c, n), and for their spans (b, parts, c)."""
     batch, channels, states = state.shape
-    if parts == 1:
+    if parts == 0:
         return None, None
-    return state.new_empty(batch, parts - 1, channels, states), state.new_empty(batch, parts - 1, channels)
+    return state.new_empty(batch, parts, channels, states), state.new_empty(batch, parts, channels)
 
 
 def _power_of_2(size: int) -> int:

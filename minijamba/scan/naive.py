@@ -7,9 +7,10 @@ from torch import Tensor
 
 def scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, state: Tensor, segments: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, state: Tensor | None, segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The function of `selective_scan`, with every argument checked and `state` given; returns y and the last state."""
+    """The function of `selective_scan`, with every argument checked; returns y and the last state."""
+    state = first_state(x, A) if state is None else state
     wide = state.dtype
     u, A, B, C = (tensor.to(wide) for tensor in (x, A, B, C))
     delta = step_length(delta.to(wide), delta_bias, delta_softplus)
@@ -25,6 +26,16 @@ def scan(
         state = A_bar * state + B_bar * u_t[:, :, None]
         y.append((state * C_t[:, None, :]).sum(-1))
     return skip_and_gate(torch.stack(y, dim=1), u, D, z).to(x.dtype), state
+
+
+def first_state(x: Tensor, A: Tensor) -> Tensor:
+    """Zeros (b, c, n)."""
+    return x.new_zeros(len(x), *A.shape, dtype=state_dtype(x))
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The state sums hundreds of steps: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def step_length(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:

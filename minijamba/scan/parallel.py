@@ -22,7 +22,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from .naive import skip_and_gate, step_length
+from .naive import first_state, skip_and_gate, step_length
 
 BLOCK = 16  # steps
 # Sizes in numbers a tensor, found by timing with nothing else running: a chunk stays in a CPU's cache; a step wider
@@ -33,9 +33,10 @@ WIDE_STEP = 2**13
 
 def scan(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool, state: Tensor, segments: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool, state: Tensor | None, segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The function of `naive.scan`, same arguments."""
+    state = first_state(x, A) if state is None else state
     wide = state.dtype
     u = x.to(wide)
     y, state = _recurrence(
