@@ -79,7 +79,8 @@ def _wide(x: Tensor) -> tl.dtype:
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
-    x, weights, parts, eps, rows, columns, SIZES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr
+    x, weights, parts, eps: tl.constexpr, rows, columns,
+    SIZES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for i in tl.static_range(len(SIZES)):
@@ -90,7 +91,8 @@ def _forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward(
-    x, weights, dparts, dx, dweights, eps, rows, columns, SIZES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr
+    x, weights, dparts, dx, dweights, eps: tl.constexpr, rows, columns,
+    SIZES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = (g - u mean(g u)) / rms(x)  with u = x / rms(x) and g = weight dy;  dweight = sum over rows of dy u."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -107,7 +109,7 @@ def _backward(
 
 
 @triton.jit
-def rms_norm(x, weight, eps, SIZE: tl.constexpr, WIDE: tl.constexpr):
+def rms_norm(x, weight, eps: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr):
     """`RMSNorm` of rows (rows, SIZE, padded with zeros to a power of two), rounded where it rounds."""
     wide = x.to(WIDE)
     rounded = (wide * inverse_rms(wide, eps, SIZE)).to(x.dtype)
@@ -115,7 +117,8 @@ def rms_norm(x, weight, eps, SIZE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def inverse_rms(x, eps, SIZE: tl.constexpr):
+def inverse_rms(x, eps: tl.constexpr, SIZE: tl.constexpr):
+    # As a constant, eps has all the digits that float64 needs; a floating-point argument is a float32.
     square = tl.sum(x * x, 1) / SIZE + eps
     return (1 / tl.sqrt(square) if square.dtype == tl.float64 else tl.rsqrt(square))[:, None]
 

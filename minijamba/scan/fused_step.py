@@ -117,7 +117,7 @@ def _step(
 
 @triton.jit(do_not_specialize=["batch"])
 def _select_and_step(
-    state, x, z, selected, dt_norm, B_norm, C_norm, eps, dt_weight, dt_bias, A_log, D, y, batch, channels,
+    state, x, z, selected, dt_norm, B_norm, C_norm, eps: tl.constexpr, dt_weight, dt_bias, A_log, D, y, batch, channels,
     x_b, z_b, selected_b, STATES: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     wide = state.dtype.element_ty
