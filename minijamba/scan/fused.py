@@ -488,6 +488,8 @@ def _gradient_kernel(
             here, now = at, inside
             at = tl.maximum(at - T, 0)
             inside = channel[:, None] & (at + t < count)[None, :]
+            # These loads and h_next's, seven instructions, share one of the six counters of loads under way that a warp
+            # has. An eighth gets the counter of an exchange between threads, which then waits for memory.
             x_next = tl.load(x_at + at * x_t, mask=inside, other=0)
             delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0)
             dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0)
