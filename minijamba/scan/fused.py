@@ -62,19 +62,15 @@ def _softplus(v):
 
 
 @triton.jit
-def _inverse(v):
-    """1 / v for v > 0, by a reciprocal square root: two instructions, where a division takes seven."""
-    if v.dtype == tl.float64:
-        inverse = 1 / v
-    else:
-        root = tl.rsqrt(v)
-        inverse = root * root
-    return inverse
-
-
-@triton.jit
 def _sigmoid(v):
-    return _inverse(1 + tl.exp2(v * -LOG2E))
+    """1 / (1 + exp(-v)); in float32 by a reciprocal square root: two instructions, where a division takes five."""
+    inverse = 1 + tl.exp2(v * -LOG2E)
+    if v.dtype == tl.float64:
+        sigmoid = 1 / inverse
+    else:
+        root = tl.rsqrt(inverse)
+        sigmoid = root * root
+    return sigmoid
 
 
 @triton.jit
@@ -299,8 +295,8 @@ def _adjoint_kernel(
     STATES: tl.constexpr, SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
     T: tl.constexpr,
 ):  # fmt: skip
-    """Run a piece of a part of time backwards from an adjoint of zero: outputs the adjoint before its first step, and
-    its span. The first part is left out, since nothing starts where it ends."""
+    """Run a stretch of a part of time backwards from an adjoint of zero: outputs the adjoint before its first step,
+    and its span. The first part is left out, since nothing starts where it ends. A short part has empty stretches."""
     wide = ends.dtype.element_ty
     ROW: tl.constexpr = N if BC.dtype.element_ty == tl.int32 else 2 * N
     K: tl.constexpr = N // W
@@ -309,10 +305,10 @@ def _adjoint_kernel(
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = tl.program_id(2).to(tl.int64)
     place = b * tl.num_programs(1) + tl.program_id(1)
-    pieces = tl.cdiv(split, reach)
-    part, piece = 1 + tl.program_id(1) // pieces, tl.program_id(1) % pieces
-    first = part * split + piece * reach
-    last = tl.maximum(tl.minimum(tl.minimum(first + reach, part * split + split), steps), first)
+    stretches = tl.cdiv(split, reach)
+    part, stretch = 1 + tl.program_id(1) // stretches, tl.program_id(1) % stretches
+    first = tl.minimum(part * split + stretch * reach, steps)
+    last = tl.minimum(tl.minimum(first + reach, part * split + split), steps)
     channel = c < channels
     real = (n < STATES)[:, None, :] & channel[None, :, None]
     of_state = n[:, None, :] + c[None, :, None] * STATES
@@ -406,9 +402,9 @@ def _gradient_kernel(
         if dlast is not None:
             g += tl.load(dlast + b * size + of_state, mask=real, other=0)
         if ends is not None:
-            shorter = tl.cdiv(split, reach)
-            for later in range((parts - 1) * shorter - 1, part * shorter - 1, -1):
-                behind = b * ((parts - 1) * shorter) + later
+            stretches = tl.cdiv(split, reach)
+            for later in range((parts - 1) * stretches - 1, part * stretches - 1, -1):
+                behind = b * ((parts - 1) * stretches) + later
                 decay = tl.exp2(tl.load(spans + behind * channels + c, mask=channel, other=0)[None, :] * A_)
                 g = decay * g + tl.load(ends + behind * size + of_state, mask=real, other=0)
     else:
@@ -703,10 +699,10 @@ def _walk_back(
     programs = batch * ceil_div(channels, BLOCK) * (parts - 1)
     tiling = _tiling(A, BC, programs * ceil_div(split, CHUNK))
     _, reach = _split(split, programs * tiling["num_warps"], WARPS["adjoint"], x.device)
-    shorter = (parts - 1) * ceil_div(split, reach)
-    ends, spans = _between(adjoint[:, 0], shorter)
+    stretches = (parts - 1) * ceil_div(split, reach)
+    ends, spans = _between(adjoint[:, 0], stretches)
     if parts > 1:
-        _adjoint_kernel[ceil_div(channels, BLOCK), shorter, batch](
+        _adjoint_kernel[ceil_div(channels, BLOCK), stretches, batch](
             delta, A, BC, z, bias, resets, dy, ends, spans, steps, split, reach, channels, *of_adjoint,
             STATES=states, SOFTPLUS=softplus, **tiling,
         )  # fmt: skip
@@ -850,7 +846,7 @@ def _split(steps: int, warps: int, wanted: int, device: torch.device) -> tuple[i
 
 
 def _between(state: Tensor, parts: int) -> tuple[Tensor | None, Tensor | None]:
-    """Room for what so many parts make of zero, (b, parts, c, n), and for their spans (b, parts, c)."""
+    """Room for what so many parts or stretches make of zero, (b, parts, c, n), and for their spans (b, parts, c)."""
     batch, channels, states = state.shape
     if parts == 0:
         return None, None
