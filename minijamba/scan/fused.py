@@ -29,6 +29,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -188,8 +189,8 @@ def _forward_kernel(
     x, delta, A, BC, D, z, bias, resets, state, ends, spans, y, saved, final,
     steps, split, channels,
     x_b, x_t, x_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, y_b, y_t, y_c, BC_b,
-    STATES: tl.constexpr, SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-    T: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Run a part of time from where the one before ends: outputs y, the states at the starts of chunks (saved) and
     the last state. Without y, run it from zero: outputs the state at its end and its span, from which later parts find
@@ -205,9 +206,9 @@ def _forward_kernel(
     first = part * split
     last = tl.minimum(first + split, steps)
     channel = c < channels
-    real = (n < STATES)[:, None, :] & channel[None, :, None]
-    of_state = n[:, None, :] + c[None, :, None] * STATES
-    size = channels * STATES
+    real = channel[None, :, None]
+    of_state = n[:, None, :] + c[None, :, None] * N
+    size = channels * N
 
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
     h = tl.zeros((K, BLOCK, W), wide)
@@ -292,8 +293,7 @@ def _adjoint_kernel(
     delta, A, BC, z, bias, resets, dy, ends, spans,
     steps, split, reach, channels,
     delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c, BC_b,
-    STATES: tl.constexpr, SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
-    T: tl.constexpr,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Run a stretch of a part of time backwards from an adjoint of zero: outputs the adjoint before its first step,
     and its span. The first part is left out, since nothing starts where it ends. A short part has empty stretches."""
@@ -310,9 +310,9 @@ def _adjoint_kernel(
     first = tl.minimum(part * split + stretch * reach, steps)
     last = tl.minimum(tl.minimum(first + reach, part * split + split), steps)
     channel = c < channels
-    real = (n < STATES)[:, None, :] & channel[None, :, None]
-    of_state = n[:, None, :] + c[None, :, None] * STATES
-    size = channels * STATES
+    real = channel[None, :, None]
+    of_state = n[:, None, :] + c[None, :, None] * N
+    size = channels * N
 
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
     g = tl.zeros((K, BLOCK, W), wide)
@@ -369,8 +369,8 @@ def _gradient_kernel(
     steps, split, window, begin, fresh, reach, channels,
     x_b, x_t, x_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c,
     dx_b, dx_t, dx_c, ddelta_b, ddelta_t, ddelta_c, dz_b, dz_t, dz_c, BC_b,
-    STATES: tl.constexpr, SOFTPLUS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
-    CHUNK: tl.constexpr, SWEEP: tl.constexpr, AT_ONCE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
+    SWEEP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Walk a window of a part of time from its last chunk to its first, given the states before chunks: outputs all
     gradients. The adjoint and the sums over time wait in memory for the window before. A fresh walk finds its adjoint
@@ -385,9 +385,9 @@ def _gradient_kernel(
     first = part * split + begin
     last = tl.minimum(tl.minimum(first + window, part * split + split), steps)
     channel = c < channels
-    real = (n < STATES)[:, None] & channel[None, :]
-    of_state = n[:, None] + c[None, :] * STATES
-    size = channels * STATES
+    real = channel[None, :]
+    of_state = n[:, None] + c[None, :] * N
+    size = channels * N
     place = b * parts + part
 
     A_ = tl.load(A + of_state, mask=real, other=-1).to(wide) * LOG2E
@@ -614,7 +614,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the last state, and with `remember` the states (b, chunks, c, n) that the backward pass starts from."""
     batch, steps, channels = x.shape
-    A, D, delta_bias, state = (_contiguous(tensor) for tensor in (A, D, delta_bias, state))
+    D, delta_bias = (_contiguous(tensor) for tensor in (D, delta_bias))
+    A, state, states = _filled(A, -1), _filled(state, 0), A.shape[1]
     blocks = ceil_div(channels, BLOCK)
     y, last, saved = _outputs(x, A, remember)
     BC, resets = _pack(B, C, last.dtype), _resets(segments)
@@ -628,13 +629,13 @@ def _forward(
             x, delta, A, BC, D, gate, delta_bias, resets, state, ends, spans, y, saved, last,
             steps, split, channels,
             *x.stride(), *delta.stride(), *_strides(gate), *_strides(y), BC.stride(0),
-            STATES=A.shape[1], SOFTPLUS=delta_softplus, CHUNK=CHUNK, **tiling,
+            SOFTPLUS=delta_softplus, CHUNK=CHUNK, **tiling,
         )  # fmt: skip
 
     if parts > 1:
         launch(parts - 1, None, None)  # nothing starts where the last part ends
     launch(parts, y, saved if remember else None)
-    return y, last, saved
+    return y, last[..., :states].contiguous(), saved
 
 
 _operator = torch.library.custom_op("minijamba::selective_scan", _forward, mutates_args=())
@@ -642,7 +643,8 @@ _operator = torch.library.custom_op("minijamba::selective_scan", _forward, mutat
 
 @_operator.register_fake
 def _(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, segments, remember):
-    return _outputs(x, A, remember)
+    y, last, saved = _outputs(x, _filled(A, -1), remember)
+    return y, last[..., : A.shape[1]].contiguous(), saved
 
 
 def _outputs(x: Tensor, A: Tensor, remember: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -662,12 +664,13 @@ def _backward(
     up afterwards: atomic additions would come in another order every time.
     """
     batch, steps, channels = x.shape
-    A_, D_, bias, dlast = (_contiguous(tensor) for tensor in (A, D, delta_bias, dlast))
-    warps = ceil_div(channels, GRADIENT["BLOCK"]) * _gradient_warps(A)
+    D_, bias = (_contiguous(tensor) for tensor in (D, delta_bias))
+    A_, dlast, states = _filled(A, -1), _filled(dlast, 0), A.shape[1]
+    warps = ceil_div(channels, GRADIENT["BLOCK"]) * _gradient_warps(A_)
     group, parts, split, window = _walk(batch, steps, warps, x.device)
     dx, ddelta, dB, dC = (torch.empty_like(tensor) for tensor in (x, delta, B, C))
     dz = None if z is None else torch.empty_like(z)
-    adjoint, dA = (saved.new_empty(batch, parts, *A.shape) for _ in range(2))
+    adjoint, dA = (saved.new_empty(batch, parts, *A_.shape) for _ in range(2))
     sums = saved.new_empty(batch, parts, 2, channels)
     BC, resets = _pack(B, C, saved.dtype), _resets(segments)
     of_batch = x, delta, BC, z, resets, saved, dlast, dy, dx, ddelta, dB, dC, dz, dA, sums, adjoint
@@ -676,10 +679,10 @@ def _backward(
         _walk_back(A_, D_, bias, delta_softplus, split, window, *some)
     dA, dD, dbias = (
         None if like is None else pieces.sum((0, 1)).to(like.dtype)
-        for pieces, like in ((dA, A), (sums[:, :, 0], D), (sums[:, :, 1], delta_bias))
+        for pieces, like in ((dA[..., :states], A), (sums[:, :, 0], D), (sums[:, :, 1], delta_bias))
     )
     grads = dx, ddelta, dA, dB, dC, dD, dz, dbias
-    return *(x.new_empty(0) if grad is None else grad for grad in grads), adjoint[:, 0].contiguous()
+    return *(x.new_empty(0) if grad is None else grad for grad in grads), adjoint[:, 0, :, :states].contiguous()
 
 
 def _walk_back(
@@ -688,8 +691,7 @@ def _walk_back(
 ):  # fmt: skip
     """Write the gradients of some sequences, window by window from the last; the adjoints before all parts remain."""
     batch, steps, channels = x.shape
-    states, parts = A.shape[1], adjoint.shape[1]
-    N, blocks = _power_of_2(states), ceil_div(channels, GRADIENT["BLOCK"])
+    N, parts, blocks = A.shape[1], adjoint.shape[1], ceil_div(channels, GRADIENT["BLOCK"])
     pieces = saved.new_empty(blocks * batch * parts * window * 2 * N)
     scratch = saved.new_empty(batch * parts * blocks * CHUNK // GRADIENT["T"] * N * GRADIENT["BLOCK"])
     of_adjoint = *delta.stride(), *_strides(z), *dy.stride(), BC.stride(0)
@@ -704,12 +706,11 @@ def _walk_back(
     if parts > 1:
         _adjoint_kernel[ceil_div(channels, BLOCK), stretches, batch](
             delta, A, BC, z, bias, resets, dy, ends, spans, steps, split, reach, channels, *of_adjoint,
-            STATES=states, SOFTPLUS=softplus, **tiling,
+            SOFTPLUS=softplus, **tiling,
         )  # fmt: skip
-    constants = {"STATES": states, "SOFTPLUS": softplus, "N": N, **GRADIENT, "CHUNK": CHUNK}
-    constants["num_warps"] = _gradient_warps(A)
+    constants = {"SOFTPLUS": softplus, "N": N, "CHUNK": CHUNK, **GRADIENT, "num_warps": _gradient_warps(A)}
     gradient = _again(_gradient_kernel, (blocks, parts, batch), constants)
-    add = _again(_add_kernel, (ceil_div(window, ADD["ROWS"]), parts, batch), {"STATES": states, "N": N, **ADD})
+    add = _again(_add_kernel, (ceil_div(window, ADD["ROWS"]), parts, batch), {"STATES": dB.shape[2], "N": N, **ADD})
     for begin in reversed(range(0, split, window)):
         gradient(
             x, delta, A, BC, D, z, bias, resets, saved, dlast, ends, spans, dy,
@@ -783,7 +784,7 @@ class _Differentiable(torch.autograd.Function):
 def _tiling(A: Tensor, BC: Tensor, programs: int) -> dict[str, int]:
     """How a program of the scans is cut: W threads share the states of a channel, and a tile has the steps whose B and
     C fit the registers."""
-    N = _power_of_2(A.shape[1])
+    N = A.shape[1]
     W = min(N, 4)
     warps = max(BLOCK * W // 32, 1)
     many = programs * warps >= WARPS["many"] * _processors(A.device)
@@ -793,7 +794,7 @@ def _tiling(A: Tensor, BC: Tensor, programs: int) -> dict[str, int]:
 
 def _gradient_warps(A: Tensor) -> int:
     """A warp has the registers for 8 states of a block."""
-    return max(_power_of_2(A.shape[1]) // 8, 1)
+    return max(A.shape[1] // 8, 1)
 
 
 def _pack(B: Tensor, C: Tensor, wide: torch.dtype) -> Tensor:
@@ -856,6 +857,14 @@ def _between(state: Tensor, parts: int) -> tuple[Tensor | None, Tensor | None]:
 def _power_of_2(size: int) -> int:
     """The next one, as triton.next_power_of_2."""
     return 1 << (size - 1).bit_length()
+
+
+def _filled(tensor: Tensor | None, value: float) -> Tensor | None:
+    """(..., n) with n filled up to a power of two, so that the states of a thread are neighbours in memory."""
+    if tensor is None:
+        return None
+    missing = _power_of_2(tensor.shape[-1]) - tensor.shape[-1]
+    return F.pad(tensor, (0, missing), value=value) if missing else tensor.contiguous()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
