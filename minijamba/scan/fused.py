@@ -612,7 +612,7 @@ def _forward(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, state: Tensor | None, segments: Tensor | None, remember: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, the last state, and with `remember` the states (b, chunks, c, n) that the backward pass starts from."""
+    """y, the last state, and with `remember` the states that backward starts from, (b, chunks, c, n) with n filled."""
     batch, steps, channels = x.shape
     D, delta_bias = (_contiguous(tensor) for tensor in (D, delta_bias))
     A, state, states = _filled(A, -1), _filled(state, 0), A.shape[1]
