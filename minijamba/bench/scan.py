@@ -113,7 +113,7 @@ SCAN = Component(
             cases={
                 "forward": [(1, 2048), (8, 2048), (1, 8192), *LONG],
                 "floor of forward": [(1, 2048), (8, 2048), (1, 8192), *LONG],
-                "forward in a row": [(1, 2048), *LONG[:2]],
+                "forward in a row": [(1, 2048), *LONG],
                 "forward + backward": TRAINING,
                 "forward + backward in a row": TRAINING,
                 "peak memory of forward + backward": [(8, 2048), (1, 8192), (1, 32768)],

@@ -40,6 +40,7 @@ from .parallel import refuse_to_differentiate_twice
 from .parallel import starts as document_starts
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
+LAST = tl.constexpr("evict_first")  # of what nobody reads again: the cache keeps other things
 ENDLESS = tl.constexpr(1e30)  # a step so long that every state decays to zero, as A < 0: a new document starts
 
 
@@ -110,10 +111,12 @@ def _tile(rows, T: tl.constexpr, first: tl.constexpr = 0, step: tl.constexpr = 1
 
 
 @triton.jit
-def _sum(tensors):
-    total = tensors[0]
-    for i in tl.static_range(1, len(tensors)):
-        total += tensors[i]
+def _sum(tensors, first: tl.constexpr = 0, step: tl.constexpr = 1):
+    """The sum of every step-th of some tensors, as a tree: a chain would wait four clocks for each addition."""
+    if first + step >= len(tensors):
+        total = tensors[first]
+    else:
+        total = _sum(tensors, first, 2 * step) + _sum(tensors, first + step, 2 * step)
     return total
 
 
@@ -174,6 +177,21 @@ def _length(v, bias, inside, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def _read(
+    x, delta, BC, x_t, delta_t, first, count, channel, t, ROW: tl.constexpr, N: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """Of a chunk with `count` steps, so many tiles of x, delta, and B with C, the earliest from step `first` on."""
+    tiles = ()
+    for i in tl.static_range(AT_ONCE):
+        at = first + i * t.shape[0]
+        inside = channel[:, None] & (at + t < count)[None, :]
+        x_ = tl.load(x + at * x_t, mask=inside, other=0)
+        delta_ = tl.load(delta + at * delta_t, mask=inside, other=0)
+        tiles = tiles + ((x_, delta_, _fetch(BC + (tl.where(at < count, at, 0) + t) * ROW, N)),)
+    return tiles
+
+
+@triton.jit
 def _halves(tile):
     """(r, 2k) as two tiles (r, k)."""
     R: tl.constexpr = tile.shape[0]
@@ -225,6 +243,8 @@ def _forward_kernel(
     span = tl.zeros((BLOCK, T), wide)
 
     begin = first.to(tl.int64)
+    if saved is not None:
+        saved += (b * tl.cdiv(steps, CHUNK) + begin // CHUNK) * size + of_state
     x = _at(x, x_b, x_t, x_c, b, begin, c, t)
     delta = _at(delta, delta_b, delta_t, delta_c, b, begin, c, t)
     BC += b * BC_b + begin * ROW + n[:, :, None] + t * ROW
@@ -240,23 +260,22 @@ def _forward_kernel(
     if z is not None:
         z_next = tl.load(z, mask=inside, other=0)
     for start in range(first, last, T):
-        if saved is not None:  # noqa: SIM102  (decided when the kernel is compiled)
-            if start % CHUNK == 0:
-                chunk = b * tl.cdiv(steps, CHUNK) + start // CHUNK
-                tl.store(saved + chunk * size + of_state, h, mask=real)
+        if saved is not None:  # a mask in place of a branch, which the compiler would not move instructions across
+            tl.store(saved, h, mask=real & (start % CHUNK == 0))
+            saved += tl.where(start % CHUNK == 0, size, 0)
         # The next tile is on its way while this one is worked on.
         x_, delta_, rows, now = x_next.to(wide), delta_next.to(wide), _by_step(BC_next, T), inside
         inside = channel[:, None] & (start + T + t < last)[None, :]
         BC += tl.where(start + T < last, T * ROW, 0)
         BC_next = _fetch(BC, N)
-        x += T * x_t
-        delta += T * delta_t
-        x_next = tl.load(x, mask=inside, other=0)
-        delta_next = tl.load(delta, mask=inside, other=0)
         if z is not None:
             z_ = z_next.to(wide)
             z += T * z_t
             z_next = tl.load(z, mask=inside, other=0)
+        x += T * x_t
+        x_next = tl.load(x, mask=inside, other=0)
+        delta += T * delta_t
+        delta_next = tl.load(delta, mask=inside, other=0)
 
         delta_ = _length(delta_, bias_, now, SOFTPLUS)
         u = delta_ * x_
@@ -370,7 +389,7 @@ def _gradient_kernel(
     x_b, x_t, x_c, delta_b, delta_t, delta_c, z_b, z_t, z_c, dy_b, dy_t, dy_c,
     dx_b, dx_t, dx_c, ddelta_b, ddelta_t, ddelta_c, dz_b, dz_t, dz_c, BC_b,
     SOFTPLUS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
-    SWEEP: tl.constexpr, AT_ONCE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Walk a window of a part of time from its last chunk to its first, given the states before chunks: outputs all
     gradients. The adjoint and the sums over time wait in memory for the window before. A fresh walk finds its adjoint
@@ -381,7 +400,7 @@ def _gradient_kernel(
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part, parts = tl.program_id(1), tl.num_programs(1)
     b = tl.program_id(2).to(tl.int64)
-    n, s, t = tl.arange(0, N), tl.arange(0, SWEEP), tl.arange(0, T)
+    n, t = tl.arange(0, N), tl.arange(0, T)
     first = part * split + begin
     last = tl.minimum(tl.minimum(first + window, part * split + split), steps)
     channel = c < channels
@@ -425,38 +444,6 @@ def _gradient_kernel(
         start = (chunk * CHUNK).to(tl.int64)
         count = tl.minimum(CHUNK, last - chunk * CHUNK)
         BC_at = BC + start * ROW
-
-        # Forwards, for the states at the starts of the chunk's tiles. A sweep is over before the loads of the next one
-        # could arrive, so those of several go out together.
-        h = tl.load(saved + (b * tl.cdiv(steps, CHUNK) + chunk) * size + of_state, mask=real, other=0)
-        x_s = _at(x, x_b, x_t, x_c, b, start, c, s)
-        delta_s = _at(delta, delta_b, delta_t, delta_c, b, start, c, s)
-        for sweep in range(0, count, AT_ONCE * SWEEP):
-            inside, xs, deltas, BCs = (), (), (), ()
-            for i in tl.static_range(AT_ONCE):
-                j = sweep + i * SWEEP
-                inside = inside + (channel[:, None] & (j + s < count)[None, :],)
-                xs = xs + (tl.load(x_s + j * x_t, mask=inside[i], other=0),)
-                deltas = deltas + (tl.load(delta_s + j * delta_t, mask=inside[i], other=0),)
-                BCs = BCs + (_fetch(BC_at + (tl.where(j < count, j, 0) + s) * ROW, N),)
-            for i in tl.static_range(AT_ONCE):
-                j = sweep + i * SWEEP
-                rows = _by_step(BCs[i], SWEEP)
-                delta_ = _length(deltas[i].to(wide), bias_, inside[i], SOFTPLUS)
-                u = delta_ * xs[i].to(wide)
-                if resets is not None:
-                    reset = tl.load(resets + b * steps + start + j + s, mask=j + s < count, other=0)
-                    delta_ = tl.where(reset[None, :] != 0, ENDLESS, delta_)
-                steps_ = _rows(tl.permute(tl.join(delta_, u), (0, 2, 1)), SWEEP)
-                for k in tl.static_range(SWEEP):
-                    if k % T == 0:
-                        tl.store(scratch + (j + k) // T * (N * BLOCK), h)
-                    delta_k, u_k = tl.split(steps_[k])
-                    B_k, _ = _pair(rows[k])
-                    h = tl.exp2(delta_k[None, :] * A_) * h + u_k[None, :] * B_k
-        tl.debug_barrier()
-
-        # Backwards, tile by tile.
         x_at = _at(x, x_b, x_t, x_c, b, start, c, t)
         delta_at = _at(delta, delta_b, delta_t, delta_c, b, start, c, t)
         dy_at = _at(dy, dy_b, dy_t, dy_c, b, start, c, t)
@@ -465,15 +452,44 @@ def _gradient_kernel(
         if z is not None:
             z_at = _at(z, z_b, z_t, z_c, b, start, c, t)
             dz_at = _at(dz, dz_b, dz_t, dz_c, b, start, c, t)
-        pieces_at = pieces + (start - first) * width
+
+        # The last tile's dy and z come from afar; its x and delta will have passed by.
         tiles = tl.cdiv(count, T)
         at = (tiles - 1) * T
         inside = channel[:, None] & (at + t < count)[None, :]
-        x_next = tl.load(x_at + at * x_t, mask=inside, other=0)
-        delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0)
-        dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0)
+        dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0, eviction_policy=LAST)
         if z is not None:
-            z_next = tl.load(z_at + at * z_t, mask=inside, other=0)
+            z_next = tl.load(z_at + at * z_t, mask=inside, other=0, eviction_policy=LAST)
+
+        # Forwards, for the states at the starts of the chunk's tiles. A tile is done before the loads of the next one
+        # could arrive, so those of several go out together, while several others are worked on.
+        h = tl.load(saved + (b * tl.cdiv(steps, CHUNK) + chunk) * size + of_state, mask=real, other=0)
+        ahead = _read(x_at, delta_at, BC_at, x_t, delta_t, 0, count, channel, t, ROW, N, AT_ONCE)
+        for begun in range(0, count, AT_ONCE * T):
+            several = ahead
+            later = begun + AT_ONCE * T
+            ahead = _read(x_at, delta_at, BC_at, x_t, delta_t, later, count, channel, t, ROW, N, AT_ONCE)
+            for i in tl.static_range(AT_ONCE):
+                here = begun + i * T
+                x_, v, BC_ = several[i]
+                rows = _by_step(BC_, T)
+                delta_ = _length(v.to(wide), bias_, channel[:, None] & (here + t < count)[None, :], SOFTPLUS)
+                u = delta_ * x_.to(wide)
+                if resets is not None:
+                    reset = tl.load(resets + b * steps + start + here + t, mask=here + t < count, other=0)
+                    delta_ = tl.where(reset[None, :] != 0, ENDLESS, delta_)
+                steps_ = _rows(tl.permute(tl.join(delta_, u), (0, 2, 1)), T)
+                tl.store(scratch + here // T * (N * BLOCK), h)
+                for k in tl.static_range(T):
+                    delta_k, u_k = tl.split(steps_[k])
+                    B_k, _ = _pair(rows[k])
+                    h = tl.exp2(delta_k[None, :] * A_) * h + u_k[None, :] * B_k
+        tl.debug_barrier()
+
+        # Backwards, tile by tile.
+        pieces_at = pieces + (start - first) * width
+        x_next = tl.load(x_at + at * x_t, mask=inside, other=0, eviction_policy=LAST)
+        delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0, eviction_policy=LAST)
         BC_next = _fetch(BC_at + (at + t) * ROW, N)
         h_next = tl.load(scratch + (tiles - 1) * (N * BLOCK))
         for _ in range(tiles):
@@ -486,13 +502,13 @@ def _gradient_kernel(
             inside = channel[:, None] & (at + t < count)[None, :]
             # These loads and h_next's, seven instructions, share one of the six counters of loads under way that a warp
             # has. An eighth gets the counter of an exchange between threads, which then waits for memory.
-            x_next = tl.load(x_at + at * x_t, mask=inside, other=0)
-            delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0)
-            dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0)
+            dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0, eviction_policy=LAST)
             BC_next = _fetch(BC_at + (at + t) * ROW, N)
+            x_next = tl.load(x_at + at * x_t, mask=inside, other=0, eviction_policy=LAST)
+            delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0, eviction_policy=LAST)
             delta_ = _length(v, bias_, now, SOFTPLUS)
             if z is not None:
-                z_next = tl.load(z_at + at * z_t, mask=inside, other=0)
+                z_next = tl.load(z_at + at * z_t, mask=inside, other=0, eviction_policy=LAST)
                 gate = _sigmoid(z_)
                 dout = dy_
                 dy_ = dout * z_ * gate
@@ -513,22 +529,23 @@ def _gradient_kernel(
                 if z is not None:
                     y_rows = y_rows + (h * C_i,)
                 dC_rows = dC_rows + (h * tl.reshape(dy_rows[i], (1, BLOCK)),)
-            dC_ = _over_channels(dC_rows, T)
             du_rows, dlength_rows, dB_rows = (), (), ()
             for i in tl.static_range(T - 1, -1, -1):
                 length_i, u_i = tl.split(u_rows[i])
                 B_i, C_i = _pair(rows[i])
                 g += tl.reshape(dy_rows[i], (1, BLOCK)) * C_i
-                dB_rows = (g * u_i[None, :],) + dB_rows
                 du_rows = (g * B_i,) + du_rows
+                dB_rows = (g * u_i[None, :],) + dB_rows
                 g *= decays[i]
                 dexponent = g * before[i]
                 dlength_rows = (dexponent * A_,) + dlength_rows
                 dA_ += dexponent * length_i[None, :]
+            if z is not None:
+                y_ = _over_states(y_rows, T, LANES)
+            du, dlength = _halves(_over_states(du_rows + dlength_rows, 2 * T, LANES))
             h_next = tl.load(scratch + at // T * (N * BLOCK))
             tl.store(pieces_at + here * width, _over_channels(dB_rows, T))
-            tl.store(pieces_at + here * width + N, dC_)
-            du, dlength = _halves(_over_states(du_rows + dlength_rows, 2 * T, LANES))
+            tl.store(pieces_at + here * width + N, _over_channels(dC_rows, T))
             dx_ = du * delta_
             ddelta_ = du * x_ + dlength / LOG2E
             if SOFTPLUS:
@@ -539,13 +556,13 @@ def _gradient_kernel(
                 dx_ += dy_ * D_[:, None]
             dD_ += dy_ * x_
             dbias_ += tl.where(now, ddelta_, 0)
-            tl.store(dx_at + here * dx_t, dx_, mask=now)
-            tl.store(ddelta_at + here * ddelta_t, ddelta_, mask=now)
+            tl.store(dx_at + here * dx_t, dx_, mask=now, eviction_policy=LAST)
+            tl.store(ddelta_at + here * ddelta_t, ddelta_, mask=now, eviction_policy=LAST)
             if z is not None:
-                y_ = _over_states(y_rows, T, LANES)
                 if D is not None:
                     y_ += D_[:, None] * x_
-                tl.store(dz_at + here * dz_t, dout * y_ * gate * (1 + z_ * (1 - gate)), mask=now)
+                dz_ = dout * y_ * gate * (1 + z_ * (1 - gate))
+                tl.store(dz_at + here * dz_t, dz_, mask=now, eviction_policy=LAST)
         tl.debug_barrier()
     sum_D, sum_bias = tl.sum(dD_, 1), tl.sum(dbias_, 1)
     if fresh == 0:  # later windows' sums come last: so rounding errors add up over a window, not over all of time
@@ -561,33 +578,32 @@ def _gradient_kernel(
 @triton.jit(do_not_specialize=["begin"])
 def _add_kernel(
     pieces, dB, dC, blocks, steps, split, window, begin, dB_b, dB_t, dB_n, dC_b, dC_t, dC_n,
-    STATES: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr,
+    STATES: tl.constexpr, N: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of B and C for the tokens of a window: the sum of what the blocks of channels have of them."""
-    r, n, deep, i = tl.arange(0, ROWS), tl.arange(0, N), tl.arange(0, DEEP), tl.arange(0, 2 * N)
-    part, parts, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * ROWS + r
-    count = tl.minimum(tl.minimum(begin + window, split), steps - part * split) - begin
-    pieces += ((b * parts + part) * window + row[:, None, None]) * blocks * (2 * N) + i[None, None, :]
-    total = tl.zeros((ROWS, DEEP, 2 * N), pieces.dtype.element_ty)
+    """Gradients of B and C for a token of a window: the sum of what the blocks of channels have of them."""
+    n, deep, i = tl.arange(0, N), tl.arange(0, DEEP), tl.arange(0, 2 * N)
+    row, part, parts, b = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    if begin + row >= tl.minimum(split, steps - part * split):
+        return
+    pieces += ((b * parts + part) * window + row) * blocks * (2 * N) + i[None, :]
+    total = tl.zeros((DEEP, 2 * N), pieces.dtype.element_ty)
     for block in range(0, blocks, DEEP):
-        there = (row < count)[:, None, None] & (block + deep < blocks)[None, :, None]
-        total += tl.load(pieces + (block + deep)[None, :, None] * (2 * N), mask=there, other=0)
-    dB_, dC_ = _halves(tl.sum(total, 1))
-    real = (row < count)[:, None] & (n < STATES)[None, :]
-    step = (part * split + begin + row).to(tl.int64)[:, None]
-    tl.store(dB + b * dB_b + step * dB_t + n[None, :] * dB_n, dB_, mask=real)
-    tl.store(dC + b * dC_b + step * dC_t + n[None, :] * dC_n, dC_, mask=real)
+        places = (block + deep)[:, None]
+        total += tl.load(pieces + places * (2 * N), mask=places < blocks, other=0, eviction_policy=LAST)
+    dB_, dC_ = tl.split(tl.permute(tl.reshape(tl.sum(total, 0), (2, N)), (1, 0)))
+    step = (part * split + begin + row).to(tl.int64)
+    tl.store(dB + b * dB_b + step * dB_t + n * dB_n, dB_, mask=n < STATES)
+    tl.store(dC + b * dC_b + step * dC_t + n * dC_n, dC_, mask=n < STATES)
 
 
 # Launching them.
 
 BLOCK = 16  # channels a program of the scans
 TILES = {"few": 32, "many": 16}  # steps of their tiles at most, where programs are few and where they are many
-# Of the gradient kernel: channels a program, steps of a tile, steps of a sweep, sweeps whose loads go out at once.
-GRADIENT = {"BLOCK": 32, "T": 4, "SWEEP": 8, "AT_ONCE": 4}
-ADD = {"ROWS": 1, "DEEP": 128, "num_warps": 8}  # tokens a program of the sum over blocks, blocks at once
-CHUNK = 64  # steps from one kept state to the next: full tiles, and full sweeps at once
+# Of the gradient kernel: channels a program, steps of a tile, tiles whose loads go out at once on the way forwards.
+GRADIENT = {"BLOCK": 32, "T": 4, "AT_ONCE": 4}
+ADD = {"DEEP": 128, "num_warps": 4}  # of the sum over blocks: blocks at once
+CHUNK = 64  # steps from one kept state to the next: tiles, and all that are read at once, fit
 WINDOWS = 6  # that the backward pass cuts the tokens into, one after the other, which bounds its memory
 WINDOW = 1536  # tokens that one has at least
 # Warps that an SM should have, or else time is split; with "many", shorter tiles leave room for more of them at once.
@@ -710,7 +726,7 @@ def _walk_back(
         )  # fmt: skip
     constants = {"SOFTPLUS": softplus, "N": N, "CHUNK": CHUNK, **GRADIENT, "num_warps": _gradient_warps(A)}
     gradient = _again(_gradient_kernel, (blocks, parts, batch), constants)
-    add = _again(_add_kernel, (ceil_div(window, ADD["ROWS"]), parts, batch), {"STATES": dB.shape[2], "N": N, **ADD})
+    add = _again(_add_kernel, (window, parts, batch), {"STATES": dB.shape[2], "N": N, **ADD})
     for begin in reversed(range(0, split, window)):
         gradient(
             x, delta, A, BC, D, z, bias, resets, saved, dlast, ends, spans, dy,
