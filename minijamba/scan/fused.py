@@ -277,6 +277,8 @@ def _forward_kernel(
         delta += T * delta_t
         delta_next = tl.load(delta, mask=inside, other=0)
 
+        if z is not None:
+            gate = z_ * _sigmoid(z_)  # early: at the end, the store would wait for it
         delta_ = _length(delta_, bias_, now, SOFTPLUS)
         u = delta_ * x_
         if resets is not None:
@@ -297,7 +299,7 @@ def _forward_kernel(
             if D is not None:
                 y_ += D_[:, None] * x_
             if z is not None:
-                y_ *= z_ * _sigmoid(z_)
+                y_ *= gate
             tl.store(y, y_, mask=now)
             y += T * y_t
     if y is None:
