@@ -431,8 +431,8 @@ def _gradient_kernel(
     else:
         g = tl.load(adjoint, mask=real, other=0)
     dA_ = tl.zeros((N, BLOCK), wide)
-    dD_ = tl.zeros((BLOCK, T), wide)
-    dbias_ = tl.zeros((BLOCK, T), wide)
+    sum_D = tl.zeros((BLOCK, T), wide)
+    sum_bias = tl.zeros((BLOCK, T), wide)
 
     BC += b * BC_b + n[:, None, None]
     width = tl.num_programs(0) * (2 * N)
@@ -490,6 +490,8 @@ def _gradient_kernel(
 
         # Backwards, tile by tile.
         pieces_at = pieces + (start - first) * width
+        dD_ = tl.zeros((BLOCK, T), wide)
+        dbias_ = tl.zeros((BLOCK, T), wide)
         x_next = tl.load(x_at + at * x_t, mask=inside, other=0, eviction_policy=LAST)
         delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0, eviction_policy=LAST)
         BC_next = _fetch(BC_at + (at + t) * ROW, N)
@@ -565,9 +567,11 @@ def _gradient_kernel(
                     y_ += D_[:, None] * x_
                 dz_ = dout * y_ * gate * (1 + z_ * (1 - gate))
                 tl.store(dz_at + here * dz_t, dz_, mask=now, eviction_policy=LAST)
+        sum_D += dD_
+        sum_bias += dbias_
         tl.debug_barrier()
-    sum_D, sum_bias = tl.sum(dD_, 1), tl.sum(dbias_, 1)
-    if fresh == 0:  # later windows' sums come last: so rounding errors add up over a window, not over all of time
+    sum_D, sum_bias = tl.sum(sum_D, 1), tl.sum(sum_bias, 1)
+    if fresh == 0:  # sums over time add up by chunk and by window, not step by step: that keeps rounding errors small
         dA_ += tl.load(dA, mask=real, other=0)
         sum_D += tl.load(dD, mask=channel, other=0)
         sum_bias += tl.load(dbias, mask=channel, other=0)
