@@ -65,9 +65,10 @@ def claim_about_scan_cuda(measurement):
     training = "forward + backward in a row"
     return (
         f"{measurement['device']}: a scan over 262144 steps takes {ours('forward', 1, 262144):.1f} ms, mamba-ssm's "
-        f"kernel {times('forward', 1, 262144)} times that; over 2048 steps {times('forward in a row', 1, 2048)} times, "
-        f"or {times('forward', 1, 2048)} times where a single call finds the GPU idle; with gradients "
-        f"{times(training, 1, 32768)} times over 32768 steps and {times(training, 1, 2048)} times over 2048, with "
+        f"kernel {times('forward', 1, 262144)} times that. In calls one after the other, as a model makes them, it "
+        f"takes {times('forward in a row', 1, 2048)} times as long over 2048 steps, and with gradients "
+        f"{times(training, 1, 32768)} times over 32768 and {times(training, 1, 2048)} times over 2048; in a single "
+        f"call on an idle GPU {times('forward', 1, 2048)} times over 2048. With gradients over 32768 steps it needs "
         f"{times('peak memory of forward + backward', 1, 32768)} times our memory."
     )
 

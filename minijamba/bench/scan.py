@@ -85,8 +85,9 @@ def least(setting: Setting, batch: int, steps: int) -> dict[str, int]:
 
 LOOP, PSCAN = "transformers", "transformers, mambapy"
 COMPILED = "transformers, associative scan, compiled"
+SHORT = [(1, 2048), (8, 2048), (1, 8192)]
 LONG = [(1, 32768), (1, 65536), (1, 131072), (1, 262144)]
-TRAINING = [(1, 2048), (8, 2048), (1, 8192), (1, 32768)]
+TRAINING = [*SHORT, LONG[0]]
 
 SCAN = Component(
     name="scan",
@@ -111,12 +112,12 @@ SCAN = Component(
             sizes={"channels": 8192, "states": 16},
             sides=["minijamba fused", "mamba-ssm"],
             cases={
-                "forward": [(1, 2048), (8, 2048), (1, 8192), *LONG],
-                "floor of forward": [(1, 2048), (8, 2048), (1, 8192), *LONG],
+                "forward": [*SHORT, *LONG],
+                "floor of forward": [*SHORT, *LONG],
                 "forward in a row": [(1, 2048), *LONG],
                 "forward + backward": TRAINING,
                 "forward + backward in a row": TRAINING,
-                "peak memory of forward + backward": [(8, 2048), (1, 8192), (1, 32768)],
+                "peak memory of forward + backward": TRAINING[1:],
                 "error of forward + backward": [(2, 257)],
             },
         ),

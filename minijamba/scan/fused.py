@@ -40,7 +40,7 @@ from .parallel import refuse_to_differentiate_twice
 from .parallel import starts as document_starts
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E), and exp2 is what the hardware has
-LAST = tl.constexpr("evict_first")  # of what nobody reads again: the cache keeps other things
+FORGET = tl.constexpr("evict_first")  # what the kernels do not read again leaves the cache first
 ENDLESS = tl.constexpr(1e30)  # a step so long that every state decays to zero, as A < 0: a new document starts
 
 
@@ -112,7 +112,7 @@ def _tile(rows, T: tl.constexpr, first: tl.constexpr = 0, step: tl.constexpr = 1
 
 @triton.jit
 def _sum(tensors, first: tl.constexpr = 0, step: tl.constexpr = 1):
-    """The sum of every step-th of some tensors, as a tree: a chain would wait four clocks for each addition."""
+    """The sum of tensors, of every step-th from `first` on, as a tree: in a chain each addition waits for another."""
     if first + step >= len(tensors):
         total = tensors[first]
     else:
@@ -180,7 +180,7 @@ def _length(v, bias, inside, SOFTPLUS: tl.constexpr):
 def _read(
     x, delta, BC, x_t, delta_t, first, count, channel, t, ROW: tl.constexpr, N: tl.constexpr, AT_ONCE: tl.constexpr
 ):
-    """Of a chunk with `count` steps, so many tiles of x, delta, and B with C, the earliest from step `first` on."""
+    """AT_ONCE tiles of a chunk with `count` steps, the first at step `first`: each is x, delta, and B with C."""
     tiles = ()
     for i in tl.static_range(AT_ONCE):
         at = first + i * t.shape[0]
@@ -260,7 +260,7 @@ def _forward_kernel(
     if z is not None:
         z_next = tl.load(z, mask=inside, other=0)
     for start in range(first, last, T):
-        if saved is not None:  # a mask in place of a branch, which the compiler would not move instructions across
+        if saved is not None:  # a mask, not a branch: the compiler orders instructions within one piece of code
             tl.store(saved, h, mask=real & (start % CHUNK == 0))
             saved += tl.where(start % CHUNK == 0, size, 0)
         # The next tile is on its way while this one is worked on.
@@ -455,13 +455,13 @@ def _gradient_kernel(
             z_at = _at(z, z_b, z_t, z_c, b, start, c, t)
             dz_at = _at(dz, dz_b, dz_t, dz_c, b, start, c, t)
 
-        # The last tile's dy and z come from afar; its x and delta will have passed by.
+        # The last tile's dy and z are not in the cache; its x and delta will be, after the way forwards.
         tiles = tl.cdiv(count, T)
         at = (tiles - 1) * T
         inside = channel[:, None] & (at + t < count)[None, :]
-        dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0, eviction_policy=LAST)
+        dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0, eviction_policy=FORGET)
         if z is not None:
-            z_next = tl.load(z_at + at * z_t, mask=inside, other=0, eviction_policy=LAST)
+            z_next = tl.load(z_at + at * z_t, mask=inside, other=0, eviction_policy=FORGET)
 
         # Forwards, for the states at the starts of the chunk's tiles. A tile is done before the loads of the next one
         # could arrive, so those of several go out together, while several others are worked on.
@@ -492,8 +492,8 @@ def _gradient_kernel(
         pieces_at = pieces + (start - first) * width
         dD_ = tl.zeros((BLOCK, T), wide)
         dbias_ = tl.zeros((BLOCK, T), wide)
-        x_next = tl.load(x_at + at * x_t, mask=inside, other=0, eviction_policy=LAST)
-        delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0, eviction_policy=LAST)
+        x_next = tl.load(x_at + at * x_t, mask=inside, other=0, eviction_policy=FORGET)
+        delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0, eviction_policy=FORGET)
         BC_next = _fetch(BC_at + (at + t) * ROW, N)
         h_next = tl.load(scratch + (tiles - 1) * (N * BLOCK))
         for _ in range(tiles):
@@ -506,13 +506,13 @@ def _gradient_kernel(
             inside = channel[:, None] & (at + t < count)[None, :]
             # These loads and h_next's, seven instructions, share one of the six counters of loads under way that a warp
             # has. An eighth gets the counter of an exchange between threads, which then waits for memory.
-            dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0, eviction_policy=LAST)
+            dy_next = tl.load(dy_at + at * dy_t, mask=inside, other=0, eviction_policy=FORGET)
             BC_next = _fetch(BC_at + (at + t) * ROW, N)
-            x_next = tl.load(x_at + at * x_t, mask=inside, other=0, eviction_policy=LAST)
-            delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0, eviction_policy=LAST)
+            x_next = tl.load(x_at + at * x_t, mask=inside, other=0, eviction_policy=FORGET)
+            delta_next = tl.load(delta_at + at * delta_t, mask=inside, other=0, eviction_policy=FORGET)
             delta_ = _length(v, bias_, now, SOFTPLUS)
             if z is not None:
-                z_next = tl.load(z_at + at * z_t, mask=inside, other=0, eviction_policy=LAST)
+                z_next = tl.load(z_at + at * z_t, mask=inside, other=0, eviction_policy=FORGET)
                 gate = _sigmoid(z_)
                 dout = dy_
                 dy_ = dout * z_ * gate
@@ -560,18 +560,18 @@ def _gradient_kernel(
                 dx_ += dy_ * D_[:, None]
             dD_ += dy_ * x_
             dbias_ += tl.where(now, ddelta_, 0)
-            tl.store(dx_at + here * dx_t, dx_, mask=now, eviction_policy=LAST)
-            tl.store(ddelta_at + here * ddelta_t, ddelta_, mask=now, eviction_policy=LAST)
+            tl.store(dx_at + here * dx_t, dx_, mask=now, eviction_policy=FORGET)
+            tl.store(ddelta_at + here * ddelta_t, ddelta_, mask=now, eviction_policy=FORGET)
             if z is not None:
                 if D is not None:
                     y_ += D_[:, None] * x_
                 dz_ = dout * y_ * gate * (1 + z_ * (1 - gate))
-                tl.store(dz_at + here * dz_t, dz_, mask=now, eviction_policy=LAST)
-        sum_D += dD_
+                tl.store(dz_at + here * dz_t, dz_, mask=now, eviction_policy=FORGET)
+        sum_D += dD_  # by chunk, and below by window: rounding errors add up less than step by step
         sum_bias += dbias_
         tl.debug_barrier()
     sum_D, sum_bias = tl.sum(sum_D, 1), tl.sum(sum_bias, 1)
-    if fresh == 0:  # sums over time add up by chunk and by window, not step by step: that keeps rounding errors small
+    if fresh == 0:
         dA_ += tl.load(dA, mask=real, other=0)
         sum_D += tl.load(dD, mask=channel, other=0)
         sum_bias += tl.load(dbias, mask=channel, other=0)
@@ -587,15 +587,15 @@ def _add_kernel(
     STATES: tl.constexpr, N: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B and C for a token of a window: the sum of what the blocks of channels have of them."""
-    n, deep, i = tl.arange(0, N), tl.arange(0, DEEP), tl.arange(0, 2 * N)
+    n, deep = tl.arange(0, N), tl.arange(0, DEEP)
     row, part, parts, b = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     if begin + row >= tl.minimum(split, steps - part * split):
         return
-    pieces += ((b * parts + part) * window + row) * blocks * (2 * N) + i[None, :]
+    pieces += ((b * parts + part) * window + row) * blocks * (2 * N) + tl.arange(0, 2 * N)[None, :]
     total = tl.zeros((DEEP, 2 * N), pieces.dtype.element_ty)
     for block in range(0, blocks, DEEP):
         places = (block + deep)[:, None]
-        total += tl.load(pieces + places * (2 * N), mask=places < blocks, other=0, eviction_policy=LAST)
+        total += tl.load(pieces + places * (2 * N), mask=places < blocks, other=0, eviction_policy=FORGET)
     dB_, dC_ = tl.split(tl.permute(tl.reshape(tl.sum(total, 0), (2, N)), (1, 0)))
     step = (part * split + begin + row).to(tl.int64)
     tl.store(dB + b * dB_b + step * dB_t + n * dB_n, dB_, mask=n < STATES)
@@ -877,7 +877,7 @@ def _between(state: Tensor, parts: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _power_of_2(size: int) -> int:
-    """The next one, as triton.next_power_of_2."""
+    """The next one. triton.next_power_of_2 does the same and takes microseconds."""
     return 1 << (size - 1).bit_length()
 
 
