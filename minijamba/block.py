@@ -36,7 +36,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, layout: Layout, cache: KeyValues | MambaState | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        h = x + self.mixer(self.input_layernorm(x), layout, cache)
-        y = self.feed_forward(self.pre_ff_layernorm(h))
+        h, normed = self.pre_ff_layernorm.of_sum(x, self.mixer(self.input_layernorm(x), layout, cache))
+        y = self.feed_forward(normed)
         y, router_logits = y if isinstance(y, tuple) else (y, None)
         return h + y, router_logits

@@ -1,13 +1,18 @@
 """Root-mean-square normalisation, used before every mixer and feed-forward and inside every Mamba mixer."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+from .rungs import choose, why_no_kernels
 
 
 class RMSNorm(nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps), over the last axis.
 
-    x: (..., size), any scale. The mean is taken in float32; y has the dtype of x.
+    x: (..., size), any scale. The mean is taken in float32; y has the dtype of x. Under torch.autocast the kernels give
+    y its dtype: what follows a norm are matrix products, which would cast y anyway, after it was written in full.
     Source: Jamba, section 6.4, for its place inside the mixer; Zhang and Sennrich, 2019, for the norm.
     """
 
@@ -17,8 +22,38 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return _choose(_norm, _fused_norm, x.device)(x, self.weight, self.eps)
+
+    def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """h = x + y and its norm: the stream after a mixer, and what the feed-forward sees of it."""
+        return _choose(_norm_of_sum, _fused_norm_of_sum, x.device)(x, y, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+def _choose(plain: Callable, fused: Callable, device: torch.device) -> Callable:
+    rungs = {"naive": plain, "parallel": plain}
+    return choose("norm", "auto", rungs if why_no_kernels(device) else rungs | {"fused": fused}, device)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _norm_of_sum(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    h = x + y
+    return h, _norm(h, weight, eps)
+
+
+def _fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from .fused_norm import product_dtype, rms_norms
+
+    return rms_norms(x, [weight], eps, product_dtype(x))[0]
+
+
+def _fused_norm_of_sum(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from .fused_norm import add_rms_norm, product_dtype
+
+    return add_rms_norm(x, y, weight, eps, product_dtype(x))

@@ -44,6 +44,19 @@ def why_no_kernels(device: torch.device) -> str | None:
     return None
 
 
+def find_device(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is the GPU where CUDA finds one, otherwise the CPU. Raises: ValueError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f'device is {device!r}, but must be "auto", "cpu", "cuda" or "cuda:1"') from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device}, but CUDA finds {torch.cuda.device_count()} GPUs here: use device='auto'")
+    return device
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, operation by operation in numpy."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,6 +65,23 @@ def interpreted() -> bool:
 def ceil_div(size: int, block: int) -> int:
     """How many blocks cover a size: the grids of kernels. triton.cdiv does the same and takes microseconds."""
     return -(-size // block)
+
+
+def operator(name: str, function: Callable, shapes: Callable) -> Callable:
+    """The function of a kernel, to be called inside an autograd.Function; also the operator minijamba::name.
+
+    torch.compile sees the operator, and from `shapes` what it returns. So does a second differentiation, which it
+    refuses. Everything else calls the function itself: an operator costs some ten microseconds more.
+    """
+    declared = torch.library.custom_op(f"minijamba::{name}", function, mutates_args=())
+    declared.register_fake(shapes)
+
+    def run(*arguments):
+        # Inside an autograd.Function, gradients are on for the backward pass under create_graph=True alone.
+        seen = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        return (declared if seen else function)(*arguments)
+
+    return run
 
 
 def choose(component: str, rung: str, implementations: dict[str, Callable], device: torch.device) -> Callable:

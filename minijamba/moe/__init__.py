@@ -6,16 +6,35 @@ import torch
 from torch import Tensor, nn
 
 from ..config import JambaConfig
-from ..rungs import choose
+from ..rungs import choose, why_no_kernels
 from . import grouped, naive
-from .router import balance_loss, route
+from .router import balance_loss, expert_load, route
 
-__all__ = ["Experts", "MoE", "balance_loss", "mixture", "route"]
+__all__ = ["Experts", "MoE", "balance_loss", "expert_load", "mixture", "route", "waits_for_host"]
 
 
 def rungs(device: torch.device) -> dict[str, Callable]:
     """The implementations that run on tensors of this device, slowest first."""
-    return {"naive": naive.mixture, "parallel": grouped.mixture}
+    implementations = {"naive": naive.mixture, "parallel": grouped.mixture}
+    if why_no_kernels(device) is None:
+        from . import fused
+
+        implementations["fused"] = fused.mixture
+    return implementations
+
+
+def waits_for_host(config: JambaConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the mixture, computed in this dtype, must know on the host how many tokens each expert got.
+
+    Then no CUDA graph can record it.
+    """
+    if all(layer.feed_forward != "moe" for layer in config.layers):
+        return False
+    if why_no_kernels(device) is not None:
+        return True
+    from .fused import all_at_once
+
+    return not all_at_once(config.intermediate_size, config.hidden_size, dtype, device)
 
 
 def mixture(

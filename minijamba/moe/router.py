@@ -1,7 +1,6 @@
 """Which experts a token goes to, what each counts for, and the loss that keeps them evenly used."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,5 +35,15 @@ def balance_loss(router_logits: list[Tensor], k: int, mask: Tensor | None = None
     logits = torch.cat([layer[mask] if mask is not None else layer.flatten(0, -2) for layer in router_logits])
     experts = logits.shape[-1]
     probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    chosen = F.one_hot(probabilities.topk(k, dim=-1).indices, experts).sum(-2)
-    return experts * (chosen.to(probabilities.dtype).mean(0) * probabilities.mean(0)).sum()
+    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(k, dim=-1).indices, 1.0)
+    return experts * (chosen.mean(0) * probabilities.mean(0)).sum()
+
+
+def expert_load(router_logits: list[Tensor], k: int) -> Tensor:
+    """How often each expert of each layer was chosen, as a multiple of an even share: (layers, e), each row of mean 1.
+
+    router_logits: one (b, t, e) a MoE layer, as collected by `Trace.router`; k experts a token.
+    """
+    logits = torch.stack([layer.flatten(0, -2) for layer in router_logits])
+    chosen = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.topk(k, dim=-1).indices, 1.0)
+    return chosen.mean(1) * (logits.shape[-1] / k)
