@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from .budget import KEPT_FLOAT32, refuse_if_too_large, weights
 from .config import DTYPES, JambaConfig
 from .model import Jamba
+from .rungs import find_device
 
 # Our name -> the released one, by the part that differs; {e} counts the experts, which we stack. All others are equal.
 RELEASED = {
@@ -54,18 +55,21 @@ NO_PICKLE = (
     "is a pickle, which can run code when opened, and only safetensors is read: if you trust it, rewrite it once with "
     "transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
 )
+# The small Jamba that was trained here on Python's own source; it is in the repository, not in an installed package.
+SHIPPED = Path(__file__).resolve().parents[1] / "data" / "checkpoints" / "python"
 LONGEST_HEADER = 100_000_000  # bytes, a limit of the format
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load(
-    path_or_repo_id: str | os.PathLike,
+    path_or_repo_id: str | os.PathLike = SHIPPED,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     quantize: None = None,
 ) -> Jamba:
     """The model of a checkpoint.
 
+        model = mj.load()                              # the small trained one of this repository
         model = mj.load("checkpoints/mine")            # a folder, or a .safetensors file beside its config.json
         model = mj.load("ai21labs/Jamba-tiny-dev")     # an id of the Hugging Face Hub, downloaded once
 
@@ -83,7 +87,7 @@ def load(
     """
     if quantize is not None:
         raise ValueError(f"quantize is {quantize!r}, but int8 and int4 weights are not in this version: leave it None")
-    device = _device(device)
+    device = find_device(device)
     config = _config(locate(path_or_repo_id, weights=False))
     dtype = _dtype(dtype, config.dtype, (*DTYPES, "float64"))
     sizes = [weight.size * _held(weight.name, dtype).itemsize for weight in weights(config)]
@@ -152,6 +156,11 @@ def locate(path_or_repo_id: str | os.PathLike, weights: bool = True) -> Path:
     path = Path(path_or_repo_id).expanduser()
     if path.exists():
         return path
+    if path == SHIPPED:
+        raise ValueError(
+            f"{path} does not exist: the trained model is in the repository, not in the installed package; "
+            f"clone it and run pip install -e . inside, or give another checkpoint"
+        )
     is_id = isinstance(path_or_repo_id, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_repo_id)
     if not is_id or path.suffix == ".safetensors":
         raise ValueError(f"{path} does not exist: give the folder of a checkpoint, or a Hub id of the form owner/name")
@@ -504,18 +513,6 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Files of a folder whose names fit one of the patterns."""
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     return [entry for entry in entries if entry.is_file() and any(fnmatch(entry.name, p) for p in patterns)]
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f'device is {device!r}, but must be "auto", "cpu", "cuda" or "cuda:1"') from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {device}, but CUDA finds {torch.cuda.device_count()} GPUs here: use device='auto'")
-    return device
 
 
 def _dtype(dtype: str | torch.dtype, auto: str, allowed: tuple[str, ...]) -> torch.dtype:

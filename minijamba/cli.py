@@ -4,13 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
+# As checkpoint.SHIPPED, whose module would take seconds to import.
+SHIPPED = Path(__file__).resolve().parents[1] / "data" / "checkpoints" / "python"
+
 
 def main(arguments=None):
     """Runs one verb. Returns the exit status: 0, or 2 after one line on stderr for what the user can put right."""
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if options.debug:
             raise
         print(f"minijamba: {error}", file=sys.stderr)
@@ -25,14 +28,14 @@ def build_parser():
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     verbs = parser.add_subparsers(title="verbs", metavar="verb", required=True)
 
-    verb = _verb(verbs, tour, "see a small Jamba built, proved, trained and writing, in three minutes")
-    verb.add_argument("--seconds", type=float, default=75, help="length of the training (75)")
+    verb = _verb(verbs, tour, "see a small trained Jamba counted, proved, writing and learning, in three minutes")
+    verb.add_argument("--seconds", type=float, default=45, help="length of the training (45)")
 
     verb = _verb(verbs, lab, "open JupyterLab in the folder of notebooks")
     verb.add_argument("--no-browser", action="store_true", help="print the address only")
 
     verb = _verb(verbs, generate, "continue a prompt with a checkpoint")
-    verb.add_argument("--model", required=True, help="folder of a checkpoint, or its id on the Hugging Face Hub")
+    verb.add_argument("--model", default=SHIPPED, help="folder or Hub id of a checkpoint (the shipped one)")
     prompt = verb.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; <bos> is put in front")
     prompt.add_argument("--tokens", metavar="IDS", type=_ids, help="ids to continue, as 1,17,5; prints ids")
@@ -42,6 +45,29 @@ def build_parser():
     verb.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold P of the mass")
     verb.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 repeats less (1)")
     verb.add_argument("--seed", type=int, help="the same seed draws the same text")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
+    verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: the config's)")
+
+    verb = _verb(verbs, train, "train a model as a recipe says, or go on with a run that was interrupted")
+    verb.add_argument("recipe", metavar="RECIPE", help="TOML file, such as data/recipes/laptop.toml")
+    verb.add_argument("--output", metavar="DIR", help="folder of the run (runs/NAME-OF-RECIPE)")
+    verb.add_argument("--set", action="append", default=[], metavar="ENTRY=VALUE", help="as train.steps=9")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
+    verb.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    verb = _verb(verbs, eval, "how well a checkpoint predicts held-out text, in bits per byte, and does on tasks")
+    verb.add_argument("model", nargs="?", default=SHIPPED, metavar="MODEL", help="folder or Hub id (the shipped one)")
+    verb.add_argument("--data", metavar="stdlib|FOLDER", help="predict its held-out part (stdlib)")
+    verb.add_argument("--run", dest="run_folder", metavar="DIR", help="a finished run: its model beside a 5-gram model")
+    verb.add_argument("--record", type=Path, metavar="FILE", help="with --run: write the figures, as JSON")
+    verb.add_argument("--context", type=int, default=1024, metavar="N", help="longest piece of a text; 0 = all (1024)")
+    verb.add_argument("--synthetic", nargs="+", default=[], metavar="TASK", help="tasks of minijamba.tasks, as needle")
+    verb.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a synthetic task (256)")
+    verb.add_argument("--setting", action="append", default=[], metavar="NAME=N", help="of the task, as pairs=8")
+    verb.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-evaluation-harness")
+    verb.add_argument("--include", metavar="FOLDER", help="folder of your own tasks for it, YAML files")
+    verb.add_argument("--limit", type=int, metavar="N", help="documents of each of its tasks at most")
+    verb.add_argument("--batch", type=int, default=8, metavar="B", help="texts at once (8)")
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: the config's)")
 
@@ -56,6 +82,15 @@ def build_parser():
     verb.add_argument("source", metavar="SRC", help="folder or Hub id")
     verb.add_argument("destination", metavar="DST", help="folder to write, absent or empty")
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
+
+    verb = _verb(verbs, study, "an experiment of the course: small models that differ in one thing, trained alike")
+    verb.add_argument("name", metavar="STUDY", help="twins, balance, norms, start or recall")
+    verb.add_argument("--steps", type=int, metavar="N", help="of each model (the study's own)")
+    verb.add_argument("--seeds", type=int, metavar="N", help="how many (the study's own)")
+    verb.add_argument("--set", action="append", default=[], metavar="ENTRY=VALUE", help="change its recipe")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
+    verb.add_argument("--commit", metavar="HASH", help="to record where the files lie without their repository")
+    verb.add_argument("--output", type=Path, metavar="FILE", help="data/measurements/STUDY_DEVICE.json")
 
     verb = _verb(verbs, bench, "measure a component and record the figures (minijamba bench --help)")
     verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="component", help="the component and its options")
@@ -137,7 +172,126 @@ def _text_prompt(model, options):
         )
     bos = model.config.bos_token_id
     decoder = tokenizer.stream()
-    return ([] if bos is None else [bos]) + tokenizer.encode(options.prompt), decoder.add, decoder.finish
+    return ([] if bos is None else [bos]) + tokenizer.encode(options.prompt, special=True), decoder.add, decoder.finish
+
+
+def train(options):
+    from .recipe import load_recipe
+    from .run import run
+
+    folder = options.output or Path("runs") / Path(options.recipe).stem
+    model = run(load_recipe(options.recipe, options.set), folder, options.device, progress=not options.quiet)
+    print(f"{model}: written; minijamba generate --model {model} --prompt TEXT continues a text with it")
+
+
+def eval(options):
+    if options.run_folder:
+        return _evaluate_run(options)
+    import minijamba as mj
+
+    from .checkpoint import locate
+    from .tokenizer import load_tokenizer
+
+    path = locate(options.model, weights=False)
+    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    model = mj.load(options.model, device=options.device, dtype=options.dtype)
+    rows = []
+    if options.data or not (options.tasks or options.synthetic):
+        rows += _text_rows(model, tokenizer, options)
+    for name in options.synthetic:
+        rows += _synthetic_rows(model, name, options)
+    if options.tasks:
+        rows += _harness_rows(model, tokenizer, options)
+    width = max(len(name) for name, _, _ in rows) + 2
+    for name, measure, value in rows:
+        print(f"{name:<{width}}{measure:<24}{value}")
+
+
+def _evaluate_run(options):
+    from .bench.records import record
+    from .run import held_out_scores
+    from .rungs import find_device
+
+    scores = held_out_scores(options.run_folder, options.device, progress=sys.stderr.isatty())
+    rows = [{"model": name, **vars(score), "bits_per_byte": score.bits_per_byte} for name, score in scores.items()]
+    for row in rows:
+        print(f"{row['model']:<8}{row['bits_per_byte']:.4f} bits a byte, on {row['bytes']:,} bytes held out")
+    if options.record:
+        print(f"recorded in {record('held_out', rows, device=find_device(options.device), output=options.record)}")
+
+
+def _text_rows(model, tokenizer, options):
+    """(text, measure, value) of the documents that the rule of `data.split` holds out."""
+    from . import data
+    from .evaluate import bits_per_byte
+
+    source = options.data or "stdlib"
+    documents = data.standard_library() if source == "stdlib" else data.text_folder(source)
+    held_out = data.texts(data.split(data.without_copies(documents))["held_out"])
+    if not held_out:
+        raise ValueError(f"{source} holds too few documents to hold one out: give three at least")
+    score = bits_per_byte(
+        model, tokenizer, held_out, context=options.context or None, batch=options.batch, progress=sys.stderr.isatty()
+    )
+    return [
+        (source, "documents held out", f"{len(held_out):,}"),
+        (source, "bytes", f"{score.bytes:,}"),
+        (source, "tokens", f"{score.tokens:,}"),
+        (source, "bits per byte", f"{score.bits_per_byte:.4f}"),
+        (source, "nats per token", f"{score.nats_per_token:.4f}"),
+    ]
+
+
+def _synthetic_rows(model, name, options, batches=8):
+    """(task, measure, value): answers right, and rows with all answers right, of a task of `tasks`."""
+    import torch
+
+    from .tasks import accuracy, solved, task_batch
+
+    settings = {}
+    for setting in options.setting:
+        key, _, value = setting.partition("=")
+        if not value.isdigit():
+            raise ValueError(f"{setting!r} is no setting: write it as pairs=8")
+        settings[key] = int(value)
+    settings.setdefault("vocabulary", model.config.vocab_size)
+    scores = []
+    for step in range(batches):
+        batch = task_batch(name, options.batch, options.length, seed=0, step=step, **settings).to(model.device)
+        with torch.no_grad():
+            logits = model(batch.tokens)
+        scores.append((accuracy(logits, batch.targets), solved(logits, batch.targets)))
+    answers, rows = (sum(values) / batches for values in zip(*scores, strict=True))
+    title = f"{name}, {options.length} tokens"
+    return [(title, "answers right", f"{answers:.1%}"), (title, "rows all right", f"{rows:.1%}")]
+
+
+def _harness_rows(model, tokenizer, options):
+    """(task, metric, value) of tasks of lm-evaluation-harness."""
+    try:
+        from .harness import run_harness
+    except ImportError as error:
+        raise ValueError(error) from None
+
+    results = run_harness(
+        model, options.tasks, tokenizer=tokenizer, include_path=options.include, limit=options.limit,
+        batch_size=options.batch,
+    )  # fmt: skip
+    return [
+        (task, metric.removesuffix(",none"), f"{value:.4f}" if isinstance(value, float) else str(value))
+        for task, values in results.items()
+        for metric, value in values.items()
+    ]
+
+
+def study(options):
+    from .study import study
+
+    file = study(
+        options.name, options.device, steps=options.steps, seeds=options.seeds, changes=options.set,
+        commit=options.commit, output=options.output,
+    )  # fmt: skip
+    print(f"recorded in {file}")
 
 
 def convert(options):

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .block import Block
-from .cache import Cache, layout_without_cache
+from .cache import Cache, Layout, layout_without_cache
 from .config import JambaConfig
 from .norm import RMSNorm
 
@@ -42,11 +43,15 @@ class Jamba(nn.Module):
     Parameters bear the names of the released checkpoints; the experts of a layer are stacked. A new model is
     initialised for training: weights normal, those that write to the residual stream scaled down by sqrt(2 layers),
     and the Mamba recurrence by Mamba's own recipe.
+
+    With `model.recompute = True` the gradient keeps only what enters each layer and computes the layer a second time:
+    less memory for more time, the same gradient.
     """
 
     def __init__(self, config: JambaConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -120,7 +125,7 @@ class Jamba(nn.Module):
         if trace is not None:
             trace.hidden.append(h)
         for block, state in zip(self.model.layers, states, strict=True):
-            h, router_logits = block(h, layout, state)
+            h, router_logits = self._block(block, h, layout, state)
             if trace is not None:
                 trace.hidden.append(h)
                 trace.router += [] if router_logits is None else [router_logits]
@@ -129,6 +134,13 @@ class Jamba(nn.Module):
         if last_only:
             h = h[:, -1:] if real is None else _last_real(h, real)
         return self.lm_head(self.model.final_layernorm(h))
+
+
+    def _block(self, block: Block, h: Tensor, layout: Layout, state) -> tuple[Tensor, Tensor | None]:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return block(h, layout, state)
+        # Nothing in a layer is random, so there is no random state to bring back.
+        return checkpoint(block, h, layout, state, use_reentrant=False, preserve_rng_state=False)
 
 
 def _unsort(x: Tensor, order: Tensor, mask: Tensor) -> Tensor:

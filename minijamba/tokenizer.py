@@ -3,6 +3,7 @@
 Encoding adds no special token: whoever needs <bos> between documents or in front of a prompt puts it there.
 """
 
+import json
 from pathlib import Path
 
 PAD, BOS, EOS = 0, 1, 2
@@ -46,8 +47,8 @@ class ByteTokenizer:
 
     vocab_size = len(SPECIAL_TOKENS) + 256
 
-    def encode(self, text):
-        """str -> list of ids, one for each byte of its UTF-8."""
+    def encode(self, text, special=False):
+        """str -> list of ids, one for each byte of its UTF-8; special tokens have no spelling here."""
         return [byte + len(SPECIAL_TOKENS) for byte in text.encode("utf-8")]
 
     def decode(self, ids):
@@ -111,16 +112,21 @@ class BPETokenizer:
             raise ValueError(f"{file} is not a tokenizer.json that the tokenizers library reads: {error}") from error
 
     def save(self, folder):
-        """Writes tokenizer.json into the folder, which is made if absent."""
+        """Writes tokenizer.json, which transformers loads, too, into the folder, which is made if absent."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        # What transformers' AutoTokenizer needs beside it.
+        roles = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
+        facts = {"tokenizer_class": "PreTrainedTokenizerFast", **roles, "clean_up_tokenization_spaces": False}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     @property
     def vocab_size(self):
         return self._tokenizer.get_vocab_size()
 
-    def encode(self, text):
-        """str -> list of ids, without special tokens."""
+    def encode(self, text, special=False):
+        """str -> list of ids. With `special`, "<bos>" in the text is that token; otherwise it is five characters."""
+        self._tokenizer.encode_special_tokens = not special
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):

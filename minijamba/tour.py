@@ -1,30 +1,33 @@
-"""`minijamba tour`: a small Jamba built, proved, trained and writing, in three minutes on two cores."""
+"""`minijamba tour`: the shipped Jamba counted, proved, writing and learning, in three minutes on two cores."""
 
 import copy
 import math
 import sys
-from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import torch
 
 import minijamba as mj
 
+from . import data
 from .attention import attention
+from .checkpoint import SHIPPED
 from .conv import causal_conv
-from .data import random_windows, standard_library_text, token_stream
+from .evaluate import bits_per_byte
 from .moe import mixture, route
-from .tokenizer import BOS, BPETokenizer
-from .train import evaluate, train
+from .tokenizer import BOS, load_tokenizer
+from .train import train
 
-VOCABULARY = 1024
-STATES = 4  # a channel; more would take time from the steps that a minute holds
-BATCH, LENGTH = 8, 64  # sequences a step, tokens a sequence
-LEARNING_RATE = 4e-3
-LONGEST_MODULE = 40_000  # characters; longer modules are mostly tables
-PROMPT = "class Reader:\n    def __init__(self"
+BATCH, LENGTH = 4, 128  # sequences a step, tokens a sequence
+LEARNING_RATE = 1e-3
+PROMPTS = (
+    "class Reader:\n    def __init__(self",
+    'def mean(values):\n    """Return the',
+)
 
 
-def tour(seconds=75):
+def tour(seconds=45):
     """Prints the whole tour; `seconds` is the length of the training.
 
     Raises: AssertionError if two rungs differ, or if the training does not lower the loss.
@@ -34,21 +37,21 @@ def tour(seconds=75):
     torch.set_num_threads(1)
     try:
         torch.manual_seed(0)
-        model = _build()
+        model, tokenizer = _load(), load_tokenizer(SHIPPED)
         _prove(model)
-        tokenizer = _train(model, seconds)
         _write(model, tokenizer)
+        _train(model, tokenizer, seconds)
         _plan()
     finally:
         torch.set_num_threads(threads)
-    print("\nNext: minijamba lab opens the notebooks; begin with 00_map.ipynb, a smaller one from the inside.")
+    print("\nNext: minijamba lab opens the notebooks; begin with 00_map.ipynb, the same model from the inside.")
 
 
-def _build():
-    _title("A small Jamba")
-    model = mj.Jamba(mj.preset("tour", vocab_size=VOCABULARY, mamba_d_state=STATES))
-    config, table = model.config, mj.budget(model.config)
-    print(f"layers: {config.schedule}")
+def _load():
+    _title("A small Jamba, trained for ten minutes on one GPU")
+    model = mj.load(device="cpu", dtype="float32")
+    table = mj.budget(model.config)
+    print(f"layers: {model.config.schedule}")
     print("        m Mamba, A attention; + MLP, E mixture of experts\n")
     for part, count in table.params.items():
         print(f"{part:<10} {count:>10,}")
@@ -117,58 +120,53 @@ def _decoding(model):
     return torch.cat(steps, dim=1), model(tokens)
 
 
-def _train(model, seconds):
-    from tqdm import tqdm
+def _write(model, tokenizer):
+    _title("What it writes, a token at a time")
+    for prompt in PROMPTS:
+        stream = tokenizer.stream()
+        print(prompt, end="", flush=True)
+        mj.generate(
+            model,
+            [BOS, *tokenizer.encode(prompt)],
+            max_new_tokens=100,
+            temperature=0.5,
+            top_p=0.9,
+            seed=0,
+            stop=(),
+            stream=lambda chosen, stream=stream: print(stream.add(chosen[0]), end="", flush=True),
+        )
+        print(stream.finish() + "\n")
 
-    _title(f"Training for {seconds:g} seconds on the source of Python's standard library")
-    parts = [_short_modules(part) for part in standard_library_text()]
-    tokenizer = BPETokenizer.train(parts[0], VOCABULARY)
-    text, held_out = (
-        token_stream(tqdm(part, desc=name, unit=" modules"), tokenizer)
-        for name, part in zip(("tokens to train on", "tokens held out"), parts, strict=True)
+
+def _train(model, tokenizer, seconds):
+    _title(f"{seconds:g} seconds more, on a text it has never seen: the source of this package")
+    parts = data.split(data.text_folder(Path(__file__).parent, (".py",)))
+    held_out = data.texts(parts["validation"] | parts["held_out"])
+    tokens = data.token_stream(parts["train"], tokenizer)
+    before = bits_per_byte(model, tokenizer, held_out).bits_per_byte
+    history = train(
+        model, data.Windows(tokens, BATCH, LENGTH), seconds=seconds, learning_rate=LEARNING_RATE, weight_decay=0.0
     )
-    held_out_batches = list(islice(random_windows(held_out, 8, LENGTH, seed=1), 8))
-    before = evaluate(model, held_out_batches)
-    history = train(model, random_windows(text, BATCH, LENGTH), seconds=seconds, learning_rate=LEARNING_RATE)
-    after = evaluate(model, held_out_batches)
-    print(f"{len(text):,} tokens of {len(parts[0])} modules; {len(history)} steps of {BATCH} x {LENGTH} tokens")
-    print("\nloss in nats a token, on modules held out")
-    print(f"{'all tokens alike':<40} {math.log(VOCABULARY):.2f}")
-    print(f"{'this model before training':<40} {before:.2f}")
-    print(f"{'knowing how frequent each token is':<40} {unigram_loss(text, held_out):.2f}")
-    print(f"{'this model after training':<40} {after:.2f}")
-    assert after < before, f"training raised the loss from {before} to {after}"
-    return tokenizer
+    model.eval()
+    after = bits_per_byte(model, tokenizer, held_out).bits_per_byte
+    print(f"{len(tokens):,} tokens of {len(parts['train'])} files; {len(history)} steps of {BATCH} x {LENGTH} tokens")
+    print(f"\nbits a byte, on {len(held_out)} files held out: {', '.join(held_out)}")
+    print(f"{'bytes all alike':<40} {math.log2(256):.2f}")
+    print(f"{'knowing how frequent each token is':<40} {unigram_bits(tokens, tokenizer, held_out):.2f}")
+    print(f"{'this model before':<40} {before:.2f}")
+    print(f"{'this model after':<40} {after:.2f}")
+    assert after < before, f"training raised the loss from {before} to {after} bits a byte"
 
 
-def _short_modules(documents):
-    return [text for name, text in documents.items() if "/" not in name and len(text) < LONGEST_MODULE]
-
-
-def unigram_loss(text, held_out):
-    """Nats a token of `held_out` for a model that knows each token's frequency in `text` and nothing else.
+def unigram_bits(tokens, tokenizer, documents):
+    """Bits a byte for a model that knows each token's frequency and nothing else.
 
     Every count is one too high, so that no token is impossible.
     """
-    counts = torch.bincount(text, minlength=VOCABULARY) + 1.0
-    return -(counts / counts.sum()).log()[held_out].mean().item()
-
-
-def _write(model, tokenizer):
-    _title("What it writes")
-    stream = tokenizer.stream()
-    print(PROMPT, end="", flush=True)
-    mj.generate(
-        model,
-        [BOS, *tokenizer.encode(PROMPT)],
-        max_new_tokens=200,
-        temperature=0.5,
-        top_p=0.9,
-        seed=0,
-        stop=(),
-        stream=lambda chosen: print(stream.add(chosen[0]), end="", flush=True),
-    )
-    print(stream.finish())
+    counts = np.bincount(tokens, minlength=tokenizer.vocab_size) + 1.0
+    bits = -np.log2(counts / counts.sum())
+    coded = [bits[tokenizer.encode(text)].sum() for text in documents.values()]
+    return sum(coded) / sum(len(text.encode()) for text in documents.values())
 
 
 def _plan():

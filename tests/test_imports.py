@@ -11,13 +11,15 @@ from minijamba.testing import assert_rejects
 PACKAGE = Path(minijamba.__file__).parent
 # From the ground up; a module imports only from rows below its own. "minijamba" is the package's own __init__.
 LEVELS = [
-    "config norm testing plots rungs tokenizer",
-    "fused_norm",
-    "scan conv moe mlp cache budget data",
+    "config testing plots rungs tokenizer ngram",
+    "fused_norm fused_swiglu fused_loss data",
+    "norm scan conv moe mlp loss cache budget tasks",
     "attention mamba",
     "block",
     "model",
-    "generate checkpoint train bench",
+    "generate checkpoint train evaluate probes",
+    "bench harness recipe",
+    "run study",
     "minijamba",
     "tour doctor",
     "cli",

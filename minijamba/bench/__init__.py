@@ -3,6 +3,7 @@
     minijamba bench scan       ->  data/measurements/scan_cuda.json on a GPU, scan_cpu.json without
     minijamba bench conv
     minijamba bench mixer
+    minijamba bench train      whole steps of training
 
 `scan`, `conv` and `mixer` say what is compared, `measure` how it is measured; `records` writes and shows it.
 """
@@ -15,11 +16,13 @@ from pathlib import Path
 
 import torch
 
+from ..rungs import find_device
 from .conv import CONV
 from .measure import MEASURES, Run, Setting, available, card, warn_of_company
 from .mixer import MIXER
 from .records import record, table
 from .scan import SCAN
+from .train import PREPARE, bench_train
 
 __all__ = ["COMPONENTS", "add_arguments", "bench", "record", "run", "table"]
 
@@ -45,11 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             verb.add_argument(f"--{size}", type=int, metavar="N", help="instead of the device's")
         verb.add_argument("--commit", metavar="HASH", help="to record where the files lie without their repository")
         verb.add_argument("--output", type=Path, metavar="FILE", help="data/measurements/COMPONENT_DEVICE.json")
+    help = "whole training steps of two small hybrids, beside transformers' Jamba with its kernels"
+    verb = verbs.add_parser("train", help=help, description=help, epilog=f"sides: {'; '.join(PREPARE)}")
+    verb.set_defaults(component="train")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
+    verb.add_argument("--sides", nargs="+", metavar="SIDE", help="what to compare")
+    verb.add_argument("--repeats", type=int, default=5, metavar="N", help="the median of so many means (5)")
+    verb.add_argument("--commit", metavar="HASH", help="to record where the files lie without their repository")
+    verb.add_argument("--output", type=Path, metavar="FILE", help="data/measurements/train_DEVICE.json")
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure what the parsed options ask for. Returns the exit status."""
     options = vars(options)
+    if options["component"] == "train":
+        bench_train(**{name: value for name, value in options.items() if name != "component"})
+        return 0
     if options["measure"]:
         options["measure"] = {name: [_case(word) for word in words] for name, *words in options["measure"]}
     bench(options.pop("component"), **options)
@@ -92,7 +106,7 @@ def bench(
     from tqdm import tqdm
 
     component = COMPONENTS[component]
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    device = find_device(device)
     plan = component.plans[_known(device.type, component.plans, "device")]
     sizes = plan.sizes | {size: value for size, value in sizes.items() if value is not None}
     setting = Setting(device, getattr(torch, dtype or plan.dtype), sizes)

@@ -465,6 +465,14 @@ def card(device: torch.device, numbers: int = 2**29) -> dict[str, float]:
     return facts
 
 
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications and additions a second of one large product of random square matrices."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = [alone([lambda: a @ b], device) for _ in range(12)]
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
 def warn_of_company() -> None:
     """Threads wait for each other: a busy machine slows whatever is measured many times over."""
     if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5:

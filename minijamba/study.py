@@ -1,0 +1,371 @@
+"""Experiments of the course: small models that differ in one thing, trained alike and looked into.
+
+    minijamba study twins       ->  data/measurements/twins_cuda.json
+
+On a GPU they take minutes and are recorded; notebooks run the same functions in miniature.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .bench.records import record
+from .budget import budget
+from .checkpoint import SHIPPED
+from .config import JambaConfig
+from .data import Batch, Corpus, Windows, prepare
+from .mamba import Mamba
+from .model import Jamba
+from .probes import copying, induction_scores, switched_off
+from .recipe import Recipe, load_recipe
+from .rungs import find_device
+from .tasks import accuracy, task_batch
+from .tokenizer import load_tokenizer
+from .train import Record, Trainer, evaluate, schedule
+
+RECIPE = Path(__file__).resolve().parents[1] / "data" / "recipes" / "python.toml"
+INDUCTION = 0.3  # from this score on, a head counts as an induction head
+EVERY = 25  # steps between two rows of a curve
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all models of a study have in common."""
+
+    steps: int
+    seeds: int
+    device: torch.device
+    recipe: Recipe
+    corpus: Corpus | None = None
+
+    def batches(self, seed: int) -> Callable[[int], Batch]:
+        options = self.recipe.train
+        return Windows(self.corpus.tokens["train"], options.batch, options.length, seed)
+
+    def validation(self) -> list[Batch]:
+        options = self.recipe.train
+        windows = Windows(self.corpus.tokens["validation"], options.batch, options.length, seed=0)
+        return [windows(step) for step in range(self.recipe.log.validation_batches)]
+
+    def bits(self, nats: float) -> float:
+        """Nats a token of the validation text as bits a byte."""
+        facts = self.corpus.facts["parts"]["validation"]
+        return nats / torch.tensor(2.0).log().item() * (facts["tokens"] - facts["documents"]) / facts["bytes"]
+
+
+def fit(
+    model: Jamba,
+    batches: Callable[[int], Batch],
+    steps: int,
+    *,
+    learning_rate: float,
+    bfloat16: bool,
+    look: Callable[[int], None] = lambda step: None,
+    weight_decay: float = 0.1,
+    name: str = "",
+) -> list[Record]:
+    """Train a model for some steps; `look` is called before every 25th and after the last."""
+    from tqdm import tqdm
+
+    trainer, history = Trainer(model, weight_decay=weight_decay, bfloat16=bfloat16), []
+    model.train()
+    for step in tqdm(range(steps), name, leave=False):
+        if step % EVERY == 0:
+            look(step)
+        batch, began = batches(step), time.perf_counter()
+        measured = trainer.step(batch, learning_rate * schedule(step / steps))
+        history.append(trainer.record(step, measured, batch.tokens.numel(), began))
+    look(steps)
+    return history
+
+
+def curve(history: list[Record]) -> dict[str, list]:
+    """Every 25th step of a history, each figure the mean since the one before."""
+    groups = [history[start : start + EVERY] for start in range(0, len(history), EVERY)]
+    return {
+        "step": [group[-1].step for group in groups],
+        **{
+            name: [round(sum(getattr(record, name) for record in group) / len(group), 4) for group in groups]
+            for name in ("loss", "balance", "norm", "busiest", "idlest")
+        },
+    }
+
+
+def twin(config: JambaConfig, kind: str) -> JambaConfig:
+    """The hybrid itself, or its twin with Mamba or attention in every layer, with as many parameters.
+
+    What the mixers have more or fewer, the experts get or give: intermediate_size is the multiple of 8 that comes
+    nearest.
+    """
+    schedules = {
+        "hybrid": {},
+        "mamba": {"attn_layer_period": config.num_hidden_layers + 1, "attn_layer_offset": config.num_hidden_layers},
+        "attention": {"attn_layer_period": 1, "attn_layer_offset": 0},
+    }
+    changed, wanted = replace(config, **schedules[kind]), budget(config).total_params
+    sizes = range(8, 4 * config.intermediate_size, 8)
+    return min(
+        (replace(changed, intermediate_size=size) for size in sizes),
+        key=lambda candidate: abs(budget(candidate).total_params - wanted),
+    )
+
+
+def build(config: JambaConfig, seed: int, device: torch.device) -> Jamba:
+    torch.manual_seed(seed)
+    return Jamba(config).to(device)
+
+
+def twins(setting: Setting) -> Iterator[dict]:
+    """Hybrid, Mamba and attention: the same parameters, tokens and order of text, several seeds."""
+    base, options = setting.recipe.config(setting.corpus.facts["vocab_size"]), setting.recipe.train
+    for seed in range(setting.seeds):
+        for kind in ("hybrid", "mamba", "attention"):
+            model = build(twin(base, kind), seed, setting.device)
+            history = fit(
+                model, setting.batches(seed), setting.steps,
+                learning_rate=options.learning_rate, bfloat16=options.bfloat16, name=f"{kind}, seed {seed}",
+            )  # fmt: skip
+            loss = evaluate(model, setting.validation(), options.bfloat16)
+            yield {
+                "twin": kind,
+                "seed": seed,
+                "schedule": model.config.schedule,
+                "intermediate_size": model.config.intermediate_size,
+                "parameters": budget(model.config).total_params,
+                "active_parameters": budget(model.config).active_params,
+                "tokens": setting.steps * options.batch * options.length,
+                "tokens_per_second": sorted(record.tokens_per_second for record in history)[len(history) // 2],
+                "validation_loss": loss,
+                "bits_per_byte": setting.bits(loss),
+                "curve": curve(history),
+                **looked_into(model),
+            }
+
+
+def looked_into(model: Jamba) -> dict:
+    """Copying in context, and the heads that do it, as `probes` measures them."""
+    model.eval()
+    found = {"copying": list(copying(model))}
+    attending = [i for i, layer in enumerate(model.config.layers) if layer.mixer == "attention"]
+    if attending:
+        scores = induction_scores(model).tolist()
+        heads = {
+            layer: chosen
+            for layer, row in zip(attending, scores, strict=True)
+            if (chosen := [head for head, score in enumerate(row) if score > INDUCTION])
+        }
+        with switched_off(model, heads):
+            off = list(copying(model))
+        found |= {"induction": scores, "switched_off": heads, "copying_switched_off": off}
+    return found
+
+
+def balance(setting: Setting) -> Iterator[dict]:
+    """The balance loss at several weights: what it costs, and how evenly the experts are used."""
+    base, options = setting.recipe.config(setting.corpus.facts["vocab_size"]), setting.recipe.train
+    for weight in (0.0, 0.001, 0.01):
+        model = build(replace(base, router_aux_loss_coef=weight), 0, setting.device)
+        history = fit(
+            model, setting.batches(0), setting.steps,
+            learning_rate=options.learning_rate, bfloat16=options.bfloat16, name=f"weight {weight}",
+        )  # fmt: skip
+        loss = evaluate(model, setting.validation(), options.bfloat16)
+        yield {"weight": weight, "validation_loss": loss, "curve": curve(history)}
+
+
+def without_inner_norms(model: Jamba) -> Jamba:
+    """Take the norms of delta, B and C out of every Mamba mixer, in place."""
+
+    def select(mixer: Mamba, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = [len(norm.weight) for norm in (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)]
+        delta, B, C = mixer.x_proj(x).split(sizes, dim=-1)
+        return F.linear(delta, mixer.dt_proj.weight), B, C
+
+    for mixer in mixers(model):
+        mixer.select = MethodType(select, mixer)
+        for norm in (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm):
+            norm.requires_grad_(False)
+    return model
+
+
+def mixers(model: Jamba) -> list[Mamba]:
+    return [block.mixer for block in model.model.layers if isinstance(block.mixer, Mamba)]
+
+
+@torch.no_grad()
+def inner_sizes(model: Jamba, batch: Batch) -> dict[str, list[float]]:
+    """Largest size of delta, before bias and softplus, B and C in every Mamba layer on a batch."""
+    sizes: dict[str, list[float]] = {"delta": [], "B": [], "C": []}
+    calls = [(mixer, mixer.select) for mixer in mixers(model)]
+
+    def watched(select):
+        def run(x):
+            outputs = select(x)
+            for name, output in zip(sizes, outputs, strict=True):
+                sizes[name].append(output.abs().max().item())
+            return outputs
+
+        return run
+
+    for mixer, select in calls:
+        mixer.select = watched(select)
+    try:
+        model(batch.tokens, segments=batch.segments)
+    finally:
+        for mixer, select in calls:
+            mixer.select = select
+    return sizes
+
+
+def norms(setting: Setting) -> Iterator[dict]:
+    """With and without the inner norms: the size of delta, B and C as training goes on, and the loss."""
+    base, options = setting.recipe.config(setting.corpus.facts["vocab_size"]), setting.recipe.train
+    batch = Batch(*(tensor[:4] for tensor in setting.validation()[0])).to(setting.device)
+    for inner in (True, False):
+        model = build(base, 0, setting.device)
+        model = model if inner else without_inner_norms(model)
+        sizes: list[dict] = []
+
+        def look(step, model=model, sizes=sizes):
+            sizes.append({"step": step, **{name: max(values) for name, values in inner_sizes(model, batch).items()}})
+
+        history = fit(
+            model, setting.batches(0), setting.steps, look=look,
+            learning_rate=options.learning_rate, bfloat16=options.bfloat16, name=f"inner norms {inner}",
+        )  # fmt: skip
+        loss = evaluate(model, setting.validation(), options.bfloat16)
+        yield {"inner_norms": inner, "validation_loss": loss, "curve": curve(history), "sizes": sizes}
+
+
+@torch.no_grad()
+def wrong_start(model: Jamba, kind: str) -> Jamba:
+    """Undo a part of Mamba's own initialisation, in place, as loading code and frameworks have done silently.
+
+    "zero bias": every step begins with a length of softplus(0) = 0.69. "one decay": every state forgets alike, A = -1.
+    """
+    for mixer in mixers(model):
+        if kind in ("zero bias", "both"):
+            mixer.dt_proj.bias.zero_()
+        if kind in ("one decay", "both"):
+            mixer.A_log.zero_()
+    return model
+
+
+def start(setting: Setting) -> Iterator[dict]:
+    """Mamba's own initialisation beside wrong ones."""
+    base, options = setting.recipe.config(setting.corpus.facts["vocab_size"]), setting.recipe.train
+    for kind in ("as in Mamba", "zero bias", "one decay", "both"):
+        model = wrong_start(build(base, 0, setting.device), kind)
+        history = fit(
+            model, setting.batches(0), setting.steps,
+            learning_rate=options.learning_rate, bfloat16=options.bfloat16, name=kind,
+        )  # fmt: skip
+        loss = evaluate(model, setting.validation(), options.bfloat16)
+        yield {"start": kind, "validation_loss": loss, "curve": curve(history)}
+
+
+RECALL = {"vocabulary": 512, "length": 256}
+RECALL_BATCH, RECALL_RATE = 64, 3e-3
+
+
+def recall_config(kind: str, states: int, vocabulary: int, width: int = 64) -> JambaConfig:
+    """Two layers without experts: Mamba twice, or Mamba and then attention."""
+    return JambaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attn_layer_period=2 if kind == "hybrid" else 3,
+        attn_layer_offset=1 if kind == "hybrid" else 2,
+        num_experts=1,
+        mamba_d_state=states,
+        dtype="float32",
+    )
+
+
+def recall(setting: Setting) -> Iterator[dict]:
+    """How many pairs a state of n numbers a channel can hold, with and without an attention layer above it."""
+    length, vocabulary = RECALL["length"], RECALL["vocabulary"]
+    for seed in range(setting.seeds):
+        for kind, states in [("mamba", n) for n in (2, 4, 8, 16, 32, 64)] + [("hybrid", 16)]:
+            for pairs in (8, 32):
+                model = build(recall_config(kind, states, vocabulary), seed, setting.device)
+
+                def batches(step, seed=seed, pairs=pairs):
+                    return task_batch(
+                        "associative_recall", RECALL_BATCH, length,
+                        seed=seed, step=step, pairs=pairs, vocabulary=vocabulary,
+                    )  # fmt: skip
+
+                fit(
+                    model, batches, setting.steps, learning_rate=RECALL_RATE, bfloat16=False, weight_decay=0.0,
+                    name=f"{kind}, {states} states, {pairs} pairs, seed {seed}",
+                )  # fmt: skip
+                yield {
+                    "twin": kind, "states": states, "pairs": pairs, "seed": seed,
+                    "accuracy": recalled(model, batches(10**6)),
+                }  # fmt: skip
+
+
+@torch.no_grad()
+def recalled(model: Jamba, batch: Batch) -> float:
+    model.eval()
+    batch = batch.to(model.device)
+    return accuracy(model(batch.tokens), batch.targets)
+
+
+# name -> what runs, and steps and seeds of the recorded study.
+STUDIES = {
+    "twins": (twins, 1000, 3),
+    "balance": (balance, 500, 1),
+    "norms": (norms, 500, 1),
+    "start": (start, 500, 1),
+    "recall": (recall, 2000, 3),
+}
+
+
+def study(
+    name: str,
+    device: str = "auto",
+    *,
+    steps: int | None = None,
+    seeds: int | None = None,
+    changes: list[str] = (),
+    folder: str | Path = "runs/study",
+    commit: str | None = None,
+    output: Path | None = None,
+) -> Path:
+    """Run a study on the shipped model's recipe and record it.
+
+    Args:
+        steps, seeds: instead of the study's own.
+        changes: to the recipe, as "train.batch=8".
+        folder:  where the tokens of its text are kept.
+    Returns: the file, data/measurements/<name>_<device>.json unless `output` names another.
+    Raises: ValueError for an unknown study.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"there is no study {name!r}: choose of {', '.join(STUDIES)}")
+    device = find_device(device)
+    run, own_steps, own_seeds = STUDIES[name]
+    recipe = load_recipe(RECIPE, changes)
+    setting = Setting(steps or own_steps, seeds or own_seeds, device, recipe)
+    if name != "recall":
+        tokenizer = load_tokenizer(SHIPPED)
+        corpus = prepare(recipe.data.documents(), tokenizer, Path(folder) / "tokens", progress=True)
+        corpus.facts["vocab_size"] = tokenizer.vocab_size
+        setting = replace(setting, corpus=corpus)
+    rows = []
+    for row in run(setting):
+        rows.append(row)
+        print({key: value for key, value in row.items() if not isinstance(value, list | dict)}, flush=True)
+    facts = {"steps": setting.steps, "seeds": setting.seeds, "train": vars(recipe.train)}
+    return record(f"{name}_{device.type}", rows, device=device, output=output, commit=commit, **facts)
