@@ -8,6 +8,7 @@ On a GPU they take minutes and are recorded; notebooks run the same functions in
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MethodType
 
@@ -22,7 +23,7 @@ from .config import JambaConfig
 from .data import Batch, Corpus, Windows, prepare
 from .mamba import Mamba
 from .model import Jamba
-from .probes import copying, induction_scores, switched_off
+from .probes import copying, induction_scores, needle_map, switched_off
 from .recipe import Recipe, load_recipe
 from .rungs import find_device
 from .tasks import accuracy, task_batch
@@ -31,6 +32,7 @@ from .train import Record, Trainer, evaluate, schedule
 
 RECIPE = Path(__file__).resolve().parents[1] / "data" / "recipes" / "python.toml"
 INDUCTION = 0.3  # from this score on, a head counts as an induction head
+NEEDLE_LENGTHS, NEEDLE_DEPTHS = (128, 256, 512, 1024), (0.0, 0.25, 0.5, 0.75, 1.0)
 EVERY = 25  # steps between two rows of a curve
 
 
@@ -145,6 +147,7 @@ def twins(setting: Setting) -> Iterator[dict]:
                 "bits_per_byte": setting.bits(loss),
                 "curve": curve(history),
                 **looked_into(model),
+                "needle": needles(model, setting),
             }
 
 
@@ -164,6 +167,12 @@ def looked_into(model: Jamba) -> dict:
             off = list(copying(model))
         found |= {"induction": scores, "switched_off": heads, "copying_switched_off": off}
     return found
+
+
+def needles(model: Jamba, setting: Setting) -> list[list[float]]:
+    """Share of a needle's digits found in held-out source, by length and depth."""
+    haystack, lengths = setting.corpus.tokens["held_out"], NEEDLE_LENGTHS
+    return needle_map(model, load_tokenizer(SHIPPED), haystack, lengths=lengths, depths=NEEDLE_DEPTHS).right.tolist()
 
 
 def balance(setting: Setting) -> Iterator[dict]:
@@ -270,8 +279,9 @@ def start(setting: Setting) -> Iterator[dict]:
         yield {"start": kind, "validation_loss": loss, "curve": curve(history)}
 
 
-RECALL = {"vocabulary": 512, "length": 256}
+RECALL = {"vocabulary": 256, "length": 128}
 RECALL_BATCH, RECALL_RATE = 64, 3e-3
+RECALL_STATES, RECALL_PAIRS = (1, 4, 16, 64), (8, 32)
 
 
 def recall_config(kind: str, states: int, vocabulary: int, width: int = 64) -> JambaConfig:
@@ -293,26 +303,23 @@ def recall_config(kind: str, states: int, vocabulary: int, width: int = 64) -> J
 
 def recall(setting: Setting) -> Iterator[dict]:
     """How many pairs a state of n numbers a channel can hold, with and without an attention layer above it."""
-    length, vocabulary = RECALL["length"], RECALL["vocabulary"]
     for seed in range(setting.seeds):
-        for kind, states in [("mamba", n) for n in (2, 4, 8, 16, 32, 64)] + [("hybrid", 16)]:
-            for pairs in (8, 32):
-                model = build(recall_config(kind, states, vocabulary), seed, setting.device)
-
-                def batches(step, seed=seed, pairs=pairs):
-                    return task_batch(
-                        "associative_recall", RECALL_BATCH, length,
-                        seed=seed, step=step, pairs=pairs, vocabulary=vocabulary,
+        for pairs in RECALL_PAIRS:
+            batches = partial(_pairs, seed, pairs)
+            for kind in ("mamba", "hybrid"):
+                for states in RECALL_STATES:
+                    model = build(recall_config(kind, states, RECALL["vocabulary"]), seed, setting.device)
+                    fit(
+                        model, batches, setting.steps, learning_rate=RECALL_RATE, bfloat16=False, weight_decay=0.0,
+                        name=f"{kind}, {states} states, {pairs} pairs, seed {seed}",
                     )  # fmt: skip
+                    accuracy = recalled(model, batches(10**6))
+                    yield {"twin": kind, "states": states, "pairs": pairs, "seed": seed, "accuracy": accuracy}
 
-                fit(
-                    model, batches, setting.steps, learning_rate=RECALL_RATE, bfloat16=False, weight_decay=0.0,
-                    name=f"{kind}, {states} states, {pairs} pairs, seed {seed}",
-                )  # fmt: skip
-                yield {
-                    "twin": kind, "states": states, "pairs": pairs, "seed": seed,
-                    "accuracy": recalled(model, batches(10**6)),
-                }  # fmt: skip
+
+@lru_cache(maxsize=4096)  # drawing a batch takes longer than training on it, and eight models see the same ones
+def _pairs(seed: int, pairs: int, step: int) -> Batch:
+    return task_batch("associative_recall", RECALL_BATCH, seed=seed, step=step, pairs=pairs, **RECALL)
 
 
 @torch.no_grad()
