@@ -60,6 +60,7 @@ def build_parser():
     verb.add_argument("--data", metavar="stdlib|FOLDER", help="predict its held-out part (stdlib)")
     verb.add_argument("--run", dest="run_folder", metavar="DIR", help="a finished run: its model beside a 5-gram model")
     verb.add_argument("--record", type=Path, metavar="FILE", help="with --run: write the figures, as JSON")
+    verb.add_argument("--commit", metavar="HASH", help="with --record, where the files lie without their repository")
     verb.add_argument("--context", type=int, default=1024, metavar="N", help="longest piece of a text; 0 = all (1024)")
     verb.add_argument("--synthetic", nargs="+", default=[], metavar="TASK", help="tasks of minijamba.tasks, as needle")
     verb.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a synthetic task (256)")
@@ -209,7 +210,7 @@ def eval(options):
 
 def _evaluate_run(options):
     from .bench.records import record
-    from .run import held_out_scores
+    from .run import held_out_scores, summary
     from .rungs import find_device
 
     scores = held_out_scores(options.run_folder, options.device, progress=sys.stderr.isatty())
@@ -217,7 +218,8 @@ def _evaluate_run(options):
     for row in rows:
         print(f"{row['model']:<8}{row['bits_per_byte']:.4f} bits a byte, on {row['bytes']:,} bytes held out")
     if options.record:
-        print(f"recorded in {record('held_out', rows, device=find_device(options.device), output=options.record)}")
+        facts = {"device": find_device(options.device), "output": options.record, "commit": options.commit}
+        print(f"recorded in {record('shipped', rows, **facts, **summary(options.run_folder))}")
 
 
 def _text_rows(model, tokenizer, options):

@@ -161,6 +161,36 @@ def held_out_scores(
     }
 
 
+def summary(folder: str | Path, every: int = 50) -> dict:
+    """What a run's files say of it, short enough to keep: recipe, corpus, curves, expert load at the end.
+
+    Figures of the log are means over `every` steps.
+    """
+    folder = Path(folder)
+    log = _read_table(folder / "log.csv")
+    groups = [log[start : start + every] for start in range(0, len(log), every)]
+    names = ("loss", "balance", "norm", "learning_rate", "tokens_per_second")
+    curve = {
+        name: [round(sum(float(row[name]) for row in group) / len(group), 5) for group in groups] for name in names
+    }
+    experts = _read_table(folder / "experts.csv")
+    return {
+        "recipe": json.loads((folder / "recipe.json").read_text(encoding="utf-8")),
+        "corpus": json.loads((folder / "tokens" / "corpus.json").read_text(encoding="utf-8")),
+        "curve": {"step": [int(group[-1]["step"]) for group in groups], **curve},
+        "activations": [list(map(float, group[-1]["activations"].split())) for group in groups],
+        "validation": [
+            {name: float(value) for name, value in row.items()} for row in _read_table(folder / "validation.csv")
+        ],
+        "experts": [list(map(float, row["load"].split())) for row in experts if row["step"] == experts[-1]["step"]],
+    }
+
+
+def _read_table(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as table:
+        return list(csv.DictReader(table))
+
+
 class Run:
     """The loop of a run, and what it writes."""
 

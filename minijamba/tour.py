@@ -48,7 +48,7 @@ def tour(seconds=45):
 
 
 def _load():
-    _title("A small Jamba, trained for ten minutes on one GPU")
+    _title("A small Jamba, trained on the source of Python and some packages")
     model = mj.load(device="cpu", dtype="float32")
     table = mj.budget(model.config)
     print(f"layers: {model.config.schedule}")

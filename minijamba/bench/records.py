@@ -13,7 +13,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("minijamba", "torch", "transformers", "mambapy", "triton", "mamba-ssm", "causal-conv1d", "numpy")
-TITLES = {"scan": "selective scan", "conv": "causal convolution", "mixer": "Mamba mixer"}
+TITLES = {"scan": "selective scan", "conv": "causal convolution", "mixer": "Mamba mixer", "train": "training"}
 SIZES = ("hidden", "channels", "states", "rank", "width")
 
 
@@ -43,7 +43,7 @@ def record(
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": {package: version for package in PACKAGES if (version := _version(package))},
-        "command": shlex.join(["minijamba", *sys.argv[1:]]),
+        "command": _command(sys.argv[1:]),
         "commit": commit or _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **facts,
@@ -56,6 +56,13 @@ def record(
     aside.write_text(json.dumps(measurement, indent=1) + "\n", encoding="utf-8")
     aside.replace(path)
     return path
+
+
+def _command(arguments: list[str]) -> str:
+    """As it would be given in the repository: where a file was written says nothing about the figures in it."""
+    where = ("--output", "--record", "--commit")
+    kept = [word for before, word in zip(["", *arguments], arguments, strict=False) if not {before, word} & {*where}]
+    return shlex.join(["minijamba", *kept])
 
 
 def device_name(device: torch.device) -> str:
