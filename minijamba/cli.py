@@ -181,7 +181,11 @@ def train(options):
     from .run import run
 
     folder = options.output or Path("runs") / Path(options.recipe).stem
-    model = run(load_recipe(options.recipe, options.set), folder, options.device, progress=not options.quiet)
+    try:
+        model = run(load_recipe(options.recipe, options.set), folder, options.device, progress=not options.quiet)
+    except KeyboardInterrupt:
+        print(f"\nminijamba: stopped; the same command goes on from the last checkpoint in {folder}", file=sys.stderr)
+        return 130
     print(f"{model}: written; minijamba generate --model {model} --prompt TEXT continues a text with it")
 
 
@@ -246,9 +250,11 @@ def _text_rows(model, tokenizer, options):
 
 def _synthetic_rows(model, name, options, batches=8):
     """(task, measure, value): answers right, and rows with all answers right, of a task of `tasks`."""
+    from inspect import signature
+
     import torch
 
-    from .tasks import accuracy, solved, task_batch
+    from .tasks import TASKS, accuracy, solved, task_batch
 
     settings = {}
     for setting in options.setting:
@@ -257,6 +263,11 @@ def _synthetic_rows(model, name, options, batches=8):
             raise ValueError(f"{setting!r} is no setting: write it as pairs=8")
         settings[key] = int(value)
     settings.setdefault("vocabulary", model.config.vocab_size)
+    if name in TASKS:
+        try:
+            signature(TASKS[name]).bind(options.batch, options.length, generator=None, **settings)
+        except TypeError as error:
+            raise ValueError(f"{name}: {error}; settings are given as --setting pairs=8") from None
     scores = []
     for step in range(batches):
         batch = task_batch(name, options.batch, options.length, seed=0, step=step, **settings).to(model.device)

@@ -6,6 +6,7 @@ On a GPU they take minutes and are recorded; notebooks run the same functions in
 """
 
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .bench.records import record
 from .budget import budget
+from .cache import MambaState
 from .checkpoint import SHIPPED
 from .config import JambaConfig
 from .data import Batch, Corpus, Windows, prepare
@@ -25,7 +27,7 @@ from .mamba import Mamba
 from .model import Jamba
 from .probes import copying, induction_scores, needle_map, switched_off
 from .recipe import Recipe, load_recipe
-from .rungs import find_device
+from .rungs import find_device, use_rung
 from .tasks import accuracy, task_batch
 from .tokenizer import load_tokenizer
 from .train import Record, Trainer, evaluate, schedule
@@ -105,8 +107,9 @@ def twin(config: JambaConfig, kind: str) -> JambaConfig:
     What the mixers have more or fewer, the experts get or give: intermediate_size is the multiple of 8 that comes
     nearest.
     """
+    if kind == "hybrid":
+        return config
     schedules = {
-        "hybrid": {},
         "mamba": {"attn_layer_period": config.num_hidden_layers + 1, "attn_layer_offset": config.num_hidden_layers},
         "attention": {"attn_layer_period": 1, "attn_layer_offset": 0},
     }
@@ -189,15 +192,19 @@ def balance(setting: Setting) -> Iterator[dict]:
 
 
 def without_inner_norms(model: Jamba) -> Jamba:
-    """Take the norms of delta, B and C out of every Mamba mixer, in place."""
+    """Take the norms of delta, B and C out of every Mamba mixer, in place; their weights stay and are not trained."""
 
     def select(mixer: Mamba, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sizes = [len(norm.weight) for norm in (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)]
         delta, B, C = mixer.x_proj(x).split(sizes, dim=-1)
         return F.linear(delta, mixer.dt_proj.weight), B, C
 
+    def step(mixer: Mamba, x: Tensor, cache: MambaState) -> Tensor:
+        with use_rung("parallel"):  # the fused step has the norms inside
+            return Mamba.step(mixer, x, cache)
+
     for mixer in mixers(model):
-        mixer.select = MethodType(select, mixer)
+        mixer.select, mixer.step = MethodType(select, mixer), MethodType(step, mixer)
         for norm in (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm):
             norm.requires_grad_(False)
     return model
@@ -355,24 +362,28 @@ def study(
     Args:
         steps, seeds: instead of the study's own.
         changes: to the recipe, as "train.batch=8".
-        folder:  where the tokens of its text are kept.
+        folder:  where the tokens of its text are kept, those of each text in a folder of their own.
     Returns: the file, data/measurements/<name>_<device>.json unless `output` names another.
-    Raises: ValueError for an unknown study.
+    Raises: ValueError for an unknown study, or steps or seeds below 1.
     """
     if name not in STUDIES:
         raise ValueError(f"there is no study {name!r}: choose of {', '.join(STUDIES)}")
     device = find_device(device)
     run, own_steps, own_seeds = STUDIES[name]
     recipe = load_recipe(RECIPE, changes)
-    setting = Setting(steps or own_steps, seeds or own_seeds, device, recipe)
+    setting = Setting(own_steps if steps is None else steps, own_seeds if seeds is None else seeds, device, recipe)
+    if min(setting.steps, setting.seeds) < 1:
+        raise ValueError(f"{setting.steps} steps and {setting.seeds} seeds train nothing: give at least one of each")
     if name != "recall":
         tokenizer = load_tokenizer(SHIPPED)
-        corpus = prepare(recipe.data.documents(), tokenizer, Path(folder) / "tokens", progress=True)
+        text = f"tokens-{zlib.crc32(repr(recipe.data).encode()):08x}"  # another text must not find these tokens
+        corpus = prepare(recipe.data.documents(), tokenizer, Path(folder) / text, progress=True)
         corpus.facts["vocab_size"] = tokenizer.vocab_size
         setting = replace(setting, corpus=corpus)
     rows = []
     for row in run(setting):
         rows.append(row)
         print({key: value for key, value in row.items() if not isinstance(value, list | dict)}, flush=True)
-    facts = {"steps": setting.steps, "seeds": setting.seeds, "train": vars(recipe.train)}
+    own = {"batch": RECALL_BATCH, "learning_rate": RECALL_RATE, "weight_decay": 0.0, "bfloat16": False, **RECALL}
+    facts = {"steps": setting.steps, "seeds": setting.seeds, "train": own if name == "recall" else vars(recipe.train)}
     return record(f"{name}_{device.type}", rows, device=device, output=output, commit=commit, **facts)

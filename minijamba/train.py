@@ -126,6 +126,8 @@ class Trainer:
         if self.graph is None:
             self._capture(batch)
         for fixed, new in zip(self._batch, batch, strict=True):
+            if (fixed is None) != (new is None) or (fixed is not None and fixed.shape != new.shape):
+                raise ValueError("a CUDA graph is recorded for batches of one form: keep it, or pass graph=False")
             if fixed is not None:
                 fixed.copy_(new, non_blocking=True)
         self.graph.replay()

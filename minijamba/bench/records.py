@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -61,7 +62,11 @@ def record(
 def _command(arguments: list[str]) -> str:
     """As it would be given in the repository: where a file was written says nothing about the figures in it."""
     where = ("--output", "--record", "--commit")
-    kept = [word for before, word in zip(["", *arguments], arguments, strict=False) if not {before, word} & {*where}]
+    kept = [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if before not in where and word.partition("=")[0] not in where
+    ]
     return shlex.join(["minijamba", *kept])
 
 
@@ -102,9 +107,9 @@ def table(measurement: dict) -> str:
     """A recorded measurement as text: a line a case, a column a side, and in brackets how many times the first side."""
     lines: dict[str, dict[str, tuple[float, str]]] = {}
     for row in measurement["rows"]:
-        figure, text, unit = _figure(row)
-        case = f"{row['measure']}{unit}, {row.get('batch', measurement.get('batch'))} x {row['steps']}"
-        lines.setdefault(case, {})[row["side"]] = figure, text
+        for figure, text, unit in _figures(row):
+            case = f"{row['measure']}{unit}, {row.get('batch', measurement.get('batch'))} x {row['steps']}"
+            lines.setdefault(case, {})[row["side"]] = figure, text
     sides = list(dict.fromkeys(row["side"] for row in measurement["rows"]))
     first, widths = max(map(len, lines), default=0), [max(16, len(side)) for side in sides]
     sizes = "".join(f", {size} {measurement[size]}" for size in SIZES if size in measurement)
@@ -123,13 +128,16 @@ def table(measurement: dict) -> str:
     return "\n".join(shown)
 
 
-def _figure(row: dict) -> tuple[float, str, str]:
-    """A row's figure, its text and its unit."""
+def _figures(row: dict) -> Iterator[tuple[float, str, str]]:
+    """A row's figures, each with its text and its unit."""
     if "milliseconds" in row:
-        return row["milliseconds"], f"{row['milliseconds']:.{3 if row['milliseconds'] < 10 else 1}f}", " in ms"
+        yield row["milliseconds"], f"{row['milliseconds']:.{3 if row['milliseconds'] < 10 else 1}f}", " in ms"
+    if "tokens_per_second" in row:
+        yield row["tokens_per_second"], f"{row['tokens_per_second']:,.0f}", " in tokens/s"
     if "bytes" in row:
-        return row["bytes"], f"{row['bytes'] / 2**20:.1f}", " in MiB"
-    return row["error"], f"{row['error']:.1e}", ""
+        yield row["bytes"], f"{row['bytes'] / 2**20:.1f}", " in MiB"
+    if "error" in row:
+        yield row["error"], f"{row['error']:.1e}", ""
 
 
 def _cell(figure: tuple[float, str] | None, ours: tuple[float, str] | None) -> str:

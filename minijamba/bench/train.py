@@ -1,6 +1,7 @@
 """A whole training step, forward to update, beside transformers' Jamba with mamba-ssm and causal-conv1d."""
 
 import gc
+import json
 import statistics
 import tempfile
 import time
@@ -19,7 +20,7 @@ from ..model import Jamba
 from ..rungs import find_device
 from ..train import Trainer
 from .measure import PEERS, PeakOfProcess, matrix_rate, warn_of_company, watch
-from .records import record
+from .records import record, table
 
 LEARNING_RATE = 1e-4
 VOCABULARY = 16384
@@ -47,25 +48,25 @@ KERNELS, LOOP = "transformers, mamba-ssm, causal-conv1d", "transformers without 
 SIDES = {"cuda": [OURS, KERNELS], "cpu": [OURS, LOOP]}
 
 
-def ours(folder: str, tokens: Tensor) -> Callable[[], Tensor]:
+def ours(folder: str, batch: Batch) -> Callable[[], Tensor]:
     """What `minijamba train` does in a step, its clipping, balance loss and measurements included."""
-    trainer = Trainer(load(folder, device=tokens.device).train(), weight_decay=0.01)
-    batch = Batch(tokens, torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)], dim=1))
+    trainer = Trainer(load(folder, device=batch.tokens.device).train(), weight_decay=0.01)
     return lambda: trainer.step(batch, LEARNING_RATE)[0]
 
 
-def transformers(packages: tuple[str, ...], folder: str, tokens: Tensor) -> Callable[[], Tensor]:
+def transformers(packages: tuple[str, ...], folder: str, batch: Batch) -> Callable[[], Tensor]:
     """The same optimiser; it takes the kernels of `packages` by itself, if they can be imported."""
     for package in packages:
         import_module(package)
     import transformers
 
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(tokens.device).train()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(batch.tokens.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    labels = batch.targets.roll(1, dims=1)  # transformers moves them back by one; the first is IGNORED
 
     def step():
-        loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss = model(batch.tokens, labels=labels, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -94,7 +95,7 @@ def bench_train(
     Both sides start from the same weights, take the same tokens and must give the same first loss. Each figure is the
     median of `repeats` means of 8 steps in a row.
 
-    Returns: the file. Raises: ValueError for a side that does not exist.
+    Returns: the file. Prints the table. Raises: ValueError for a side that does not exist.
     """
     device = find_device(device)
     for side in sides or ():
@@ -102,9 +103,9 @@ def bench_train(
             raise ValueError(f"there is no side {side!r} here: choose of {', '.join(map(repr, PREPARE))}")
     warn_of_company()
     rows, left_out = [], {}
-    for name, (sizes, batch) in HYBRIDS[device.type].items():
+    for name, (sizes, sequences) in HYBRIDS[device.type].items():
         with tempfile.TemporaryDirectory() as folder:
-            _write_model(sizes, device, folder)
+            batch = _start(sizes, sequences, device, folder)
             for side in sides or SIDES[device.type]:
                 try:
                     row = _measure(side, folder, batch, device, repeats)
@@ -113,30 +114,41 @@ def bench_train(
                     print(f"{side} is left out: {error}")
                     continue
                 print(f"{name}, {side}: {row['tokens_per_second']:,.0f} tokens/s, {row['bytes'] / 2**30:.2f} GiB")
-                rows.append({"measure": f"training step, {name}", "batch": batch, "steps": LENGTH[device.type], **row})
+                case = {"measure": f"training step, {name}", "batch": sequences, "steps": LENGTH[device.type]}
+                rows.append(case | row)
         losses = [row["first_loss"] for row in rows if row["measure"].endswith(name)]
         # Of logits in bfloat16, which have sizes of about one.
-        assert max(losses) - min(losses) < 0.02, f"{name}: the first losses differ: {losses}"
+        agree = not losses or max(losses) - min(losses) < 0.02
+        assert agree, f"{name}: the first losses differ: {losses}"
     facts = {"dtype": str(DTYPE[device.type]).removeprefix("torch."), "repeats": repeats, "left_out": left_out}
     rate = matrix_rate(device, DTYPE[device.type])
-    return record(
-        f"train_{device.type}", rows, device=device, output=output, commit=commit, matrix_rate=rate, **facts
-    )
+    path = record(f"train_{device.type}", rows, device=device, output=output, commit=commit, matrix_rate=rate, **facts)
+    print(table(json.loads(path.read_text(encoding="utf-8"))))
+    print(f"recorded in {path}")
+    return path
 
 
-def _write_model(sizes: dict, device: torch.device, folder: str) -> None:
-    """A new model from which all sides start."""
+@torch.no_grad()
+def _start(sizes: dict, sequences: int, device: torch.device, folder: str) -> Batch:
+    """Write a new model from which all sides start; returns what they are trained on.
+
+    The targets are what this model itself takes for likeliest. Random ones would cost every new model about ln(v), so
+    that equal first losses would not show that two sides hold the same model.
+    """
     torch.manual_seed(0)
     with torch.device(device):
         model = Jamba(JambaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH[device.type], **sizes))
     save(model, f"{folder}/model", dtype=DTYPE[device.type])
-
-
-def _measure(side: str, folder: str, batch: int, device: torch.device, repeats: int) -> dict:
     generator = torch.Generator(device).manual_seed(0)
-    tokens = torch.randint(3, VOCABULARY, (batch, LENGTH[device.type]), device=device, generator=generator)
+    tokens = torch.randint(3, VOCABULARY, (sequences, LENGTH[device.type]), device=device, generator=generator)
+    targets = load(f"{folder}/model", device=device)(tokens).argmax(-1)
+    targets[:, -1] = IGNORED
+    return Batch(tokens, targets)
+
+
+def _measure(side: str, folder: str, batch: Batch, device: torch.device, repeats: int) -> dict:
     with PeakOfProcess() if device.type == "cpu" else _PeakOfGPU(device) as peak:
-        step = PREPARE[side](f"{folder}/model", tokens)
+        step = PREPARE[side](f"{folder}/model", batch)
         first, functions = watch(step)
         first = first.item()
         for _ in range(3):
@@ -148,7 +160,7 @@ def _measure(side: str, folder: str, batch: int, device: torch.device, repeats: 
         "milliseconds": 1e3 * middle,
         "fastest": 1e3 * min(seconds),
         "slowest": 1e3 * max(seconds),
-        "tokens_per_second": batch * LENGTH[device.type] / middle,
+        "tokens_per_second": batch.tokens.numel() / middle,
         "bytes": peak.bytes,
         "first_loss": first,
         "functions": functions,
