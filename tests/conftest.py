@@ -44,6 +44,18 @@ def hybrid() -> JambaConfig:
     )
 
 
+@pytest.fixture
+def poisoned_memory(monkeypatch) -> None:
+    """New tensors of kernels are full of NaN, so that an output that is not wholly written shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(tensor, *shape, **options):
+        new = new_empty(tensor, *shape, **options)
+        return new.fill_(torch.nan) if new.is_floating_point() and "device" not in options else new
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
 @pytest.fixture(scope="session")
 def long_memory() -> Callable[..., nn.Module]:
     """`long_memory(module, seed=0, delta_bias=-4.6)`: random weights that hide no bug; returns the module.

@@ -159,14 +159,7 @@ def test_what_is_kept_for_the_gradient_is_a_number_a_row():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_give_the_same_bits_and_fill_their_outputs(dtype, monkeypatch):
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(tensor, *shape, **options):
-        new = new_empty(tensor, *shape, **options)
-        return new.fill_(torch.nan) if new.is_floating_point() and "device" not in options else new
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+def test_two_runs_give_the_same_bits_and_fill_their_outputs(dtype, poisoned_memory):
     logits, targets = arguments(dtype=dtype)
     first = results(kernel, logits, targets, dtype)
     assert_matches(results(kernel, logits, targets, dtype), first, 0)
