@@ -10,8 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from minijamba import bench
-from minijamba.bench import measure, mixer, records, scan
+from minijamba import bench, cli
+from minijamba.bench import measure, mixer, records, scan, train
 from minijamba.bench.measure import Run, Setting, Side
 from minijamba.testing import assert_matches, assert_rejects
 
@@ -339,6 +339,145 @@ def test_a_step_that_cannot_be_captured_is_left_out_with_the_reason():
     assert run.left_out == {"minijamba parallel, decode_in_graph": "CUDA graphs need a GPU"}
 
 
+# Training.
+
+TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "attn_layer_period": 2, "attn_layer_offset": 1}  # fmt: skip
+TRAINING = ["training step, dense hybrid", "training step, MoE hybrid"]
+
+
+@pytest.fixture
+def small_training(monkeypatch):
+    """Two layers of width 16 and sequences of 16 tokens."""
+    hybrids = {"dense hybrid": (TINY | {"num_experts": 1}, 2), "MoE hybrid": (TINY | {"num_experts": 4}, 3)}
+    monkeypatch.setattr(train, "HYBRIDS", {"cpu": hybrids})
+    monkeypatch.setattr(train, "LENGTH", {"cpu": 16})
+    monkeypatch.setattr(train, "STEPS", 2)
+    monkeypatch.setattr(train, "VOCABULARY", 512)
+    monkeypatch.setattr(train, "matrix_rate", lambda device, dtype: 1e9)
+
+
+@pytest.fixture
+def trained(small_training, tmp_path):
+    def run(*words):
+        assert measured_by(["train", "--device", "cpu", "--repeats", "3", "--output", str(tmp_path / "a"), *words]) == 0
+        return json.loads((tmp_path / "a").read_text())
+
+    return run
+
+
+def test_training_is_measured_on_both_sides(trained, capsys):
+    measured = trained("--commit", "abc")
+
+    def check(measured):
+        assert measured["name"] == "train_cpu" and measured["dtype"] == "float32" and measured["repeats"] == 3
+        assert measured["matrix_rate"] == 1e9 and measured["left_out"] == {} and measured["commit"] == "abc"
+        cases = [(row["measure"], row["batch"], row["steps"], row["side"]) for row in measured["rows"]]
+        assert cases == [
+            (name, batch, 16, side)
+            for name, batch in zip(TRAINING, (2, 3), strict=True)
+            for side in (train.OURS, train.LOOP)
+        ]
+        for row in measured["rows"]:
+            assert 0 < row["fastest"] <= row["milliseconds"] <= row["slowest"]
+            assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] * 16 / row["milliseconds"])
+            assert row["bytes"] >= 0 and row["functions"] == []
+
+    check(measured)
+    other_batch = [row | {"batch": 4} for row in measured["rows"]]
+    other_speed = [row | {"tokens_per_second": row["milliseconds"]} for row in measured["rows"]]
+    wrong = other_batch, other_speed, measured["rows"][:3]
+    assert_rejects(check, *(measured | {"rows": rows} for rows in wrong), measured | {"dtype": "bfloat16"})
+    shown = capsys.readouterr().out
+    assert bench.table(measured) in shown and "MoE hybrid, minijamba: " in shown
+
+
+def test_training_starts_from_the_same_loss_or_is_not_recorded(trained, monkeypatch, tmp_path):
+    """Another new model must not be taken for the same one, although both know nothing yet."""
+    reference = train.transformers
+
+    def check(wrong):
+        monkeypatch.setitem(train.PREPARE, train.LOOP, lambda folder, batch: wrong(folder, batch))
+        trained()
+
+    def other_weights(folder, batch):
+        torch.manual_seed(1)
+        model = train.Jamba(train.load(folder, device="cpu").config)
+        train.save(model, folder, dtype=torch.float32)
+        return reference((), folder, batch)
+
+    def without_a_mixer(folder, batch):
+        model = train.load(folder, device="cpu")
+        torch.nn.init.zeros_(model.model.layers[0].mixer.out_proj.weight)
+        train.save(model, folder, dtype=torch.float32)
+        return reference((), folder, batch)
+
+    def of_other_targets(folder, batch):
+        return reference((), folder, batch._replace(targets=batch.targets.roll(-1, dims=1)))
+
+    check(lambda folder, batch: reference((), folder, batch))
+    (tmp_path / "a").unlink()
+    assert_rejects(check, other_weights, without_a_mixer, of_other_targets)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_imported_does_not_train_and_is_named(trained, capsys):
+    with patch.dict("sys.modules", mamba_ssm=None):
+        measured = trained("--sides", train.OURS, train.KERNELS)
+        alone = trained("--sides", train.KERNELS)
+
+    def check(measured):
+        assert [row["side"] for row in measured["rows"]] == [train.OURS] * 2
+        assert measured["left_out"].keys() == {train.KERNELS} and "mamba_ssm" in measured["left_out"][train.KERNELS]
+
+    check(measured)
+    assert_rejects(check, alone, measured | {"left_out": {}})
+    assert alone["rows"] == []
+    assert f"left out: {train.KERNELS}: " in capsys.readouterr().out
+
+
+def test_the_record_of_training_names_the_kernels_that_ran(trained, monkeypatch):
+    """The functions of peers that a first step ran stand in its row."""
+    scope = {"__name__": "causal_conv1d.interface"}
+    exec("def causal_conv1d_fn(step):\n    return step()", scope)
+    step_of = train.PREPARE[train.OURS]
+
+    def with_kernel(folder, batch):
+        step = step_of(folder, batch)
+        return lambda: scope["causal_conv1d_fn"](step)
+
+    monkeypatch.setitem(train.PREPARE, train.KERNELS, with_kernel)
+    with patch.dict("sys.modules", causal_conv1d=sys):
+        rows = trained("--sides", train.OURS, train.KERNELS)["rows"]
+    assert [row["functions"] for row in rows] == [[], ["causal_conv1d.causal_conv1d_fn"]] * 2
+
+
+def test_training_refuses_sides_that_do_not_exist(small_training, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "train", "--device", "cpu", "--sides", "nobody"]) == 2
+    error = capsys.readouterr().err
+    assert "there is no side 'nobody' here: choose of 'minijamba', 'transformers, mamba-ssm" in error
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_matrix_rate_counts_multiplications_and_additions(monkeypatch):
+    """2 n^3 of them for a product of n x n matrices, over the median of ten times after two to warm up."""
+    times, shapes = iter([100.0, 100.0, *range(1, 11)]), []
+
+    def clock(calls, device):
+        shapes.append(calls[0]().shape)
+        return next(times)
+
+    def check(seconds):
+        assert rate == 2 * 1024**3 / seconds
+
+    monkeypatch.setattr(measure, "alone", clock)
+    rate = measure.matrix_rate(CPU, torch.float32)
+    check(5.5)
+    assert_rejects(check, 11.0, 2.75, 6.5)
+    assert shapes == [(1024, 1024)] * 12
+
+
 # Memory.
 
 
@@ -395,9 +534,50 @@ def test_the_table_shows_times_the_first_side():
     assert_rejects(check, measurement | {"rows": [r | {"milliseconds": 1.0} for r in measurement["rows"]]})
 
 
-def test_the_records_in_the_repository_can_be_shown():
+def test_the_table_of_training_shows_time_speed_and_memory():
+    def row(side, milliseconds, speed, size):
+        facts = {"fastest": 1.0, "slowest": 9.0, "first_loss": 9.1, "functions": []}
+        figures = {"milliseconds": milliseconds, "tokens_per_second": speed, "bytes": size}
+        return {"measure": TRAINING[0], "batch": 2, "steps": 128, "side": side, **figures, **facts}
+
+    measurement = {
+        "name": "train_cpu", "device": "Abacus", "threads": 2, "dtype": "float32", "matrix_rate": 1e9, "left_out": {},
+        "rows": [row("minijamba", 20.0, 12800.0, 2**21), row("peer", 50.0, 5120.0, 2**20)],
+    }  # fmt: skip
+
+    def check(measurement):
+        title, _, head, *lines = bench.table(measurement).splitlines()
+        assert title == "training on Abacus, 2 threads, float32" and head.split() == ["minijamba", "peer"]
+        assert lines == [
+            "training step, dense hybrid in ms, 2 x 128                    20.0       50.0 (2.5x)",
+            "training step, dense hybrid in tokens/s, 2 x 128            12,800      5,120 (0.4x)",
+            "training step, dense hybrid in MiB, 2 x 128                    2.0        1.0 (0.5x)",
+        ]
+
+    check(measurement)
+    assert_rejects(check, measurement | {"rows": [r | {"milliseconds": 1.0} for r in measurement["rows"]]})
+
+
+def test_the_command_is_recorded_without_where_the_record_went():
+    def check(arguments):
+        assert records._command(arguments) == "minijamba bench train --sides minijamba 'transformers, mamba-ssm'"
+
+    words = ["bench", "train", "--sides", "minijamba", "transformers, mamba-ssm"]
+    check(words)
+    for option in "--output", "--record", "--commit":
+        check([*words, option, "there"])
+        check([*words[:2], option, "there", *words[2:]])
+        check([*words[:2], f"{option}=there", *words[2:]])
+    check([*words, "--output", "a", "--commit", "b"])
+    assert_rejects(check, [*words, "--device", "cpu"], ["--output", *words], words[1:])
+
+
+def test_the_records_of_components_in_the_repository_can_be_shown():
+    """Those of studies and of the shipped model are read by the notebooks."""
     for path in (records.REPOSITORY / "data" / "measurements").glob("*.json"):
         measured = json.loads(path.read_text(encoding="utf-8"))
+        if measured["name"].split("_")[0] not in records.TITLES:
+            continue
         shown = bench.table(measured)
         assert measured["device"] in shown and all(row["side"] in shown for row in measured["rows"])
 

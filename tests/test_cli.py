@@ -1,5 +1,7 @@
 """Every verb does its work from the command line, and says in one line what it cannot do."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -7,11 +9,13 @@ import pytest
 import torch
 
 import minijamba as mj
-from minijamba import cli, doctor
+from minijamba import checkpoint, cli, data, doctor
+from minijamba.evaluate import bits_per_byte
+from minijamba.tasks import accuracy, solved, task_batch
 from minijamba.testing import assert_rejects
-from minijamba.tokenizer import BPETokenizer
+from minijamba.tokenizer import BOS, BPETokenizer, load_tokenizer
 
-VERBS = ("tour", "lab", "generate", "budget", "convert", "bench", "doctor")
+VERBS = ("tour", "lab", "generate", "train", "eval", "budget", "convert", "study", "bench", "doctor")
 
 
 @pytest.fixture
@@ -81,6 +85,19 @@ def test_generate_samples_the_same_text_from_the_same_seed(theirs, run):
     assert sample(0) == sample(0) != sample(1)
 
 
+def test_generate_continues_with_the_shipped_model_unless_told_otherwise(run):
+    model, tokenizer = mj.load(), load_tokenizer(checkpoint.SHIPPED)
+    assert cli.SHIPPED == checkpoint.SHIPPED
+
+    def check(prompt):
+        status, shown, _ = run("generate", "--prompt", "import os\n", "--max-new-tokens", 8)
+        new = mj.generate(model, [BOS, *tokenizer.encode(prompt)], max_new_tokens=8)[0].tolist()
+        assert status == 0 and shown == tokenizer.decode(new) + "\n"
+
+    check("import os\n")
+    assert_rejects(check, "class A:\n")
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(run, tmp_path):
     mj.save(mj.Jamba(mj.preset("tiny")), tmp_path / "tiny")
     status, _, error = run("generate", "--model", tmp_path / "tiny", "--prompt", "a")
@@ -96,6 +113,117 @@ def test_convert_keeps_the_logits(theirs, run, tmp_path):
     converted, original = mj.load(tmp_path / "half", dtype="float32")(tokens), model(tokens).logits
     # bfloat16 weights: 8 bits, over eight layers
     assert (converted - original).abs().max() < 0.1 * original.abs().max()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(30):
+        (folder / f"{i}.txt").write_text("".join(f"line {j} of text {i} says {i * j % 31}\n" for j in range(8)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory):
+    """The folder of a run that is over."""
+    recipe, folder = tmp_path_factory.mktemp("recipe") / "tiny.toml", tmp_path_factory.mktemp("runs") / "tiny"
+    recipe.write_text(
+        '[model]\npreset = "tiny"\nnum_hidden_layers = 2\nattn_layer_period = 2\nattn_layer_offset = 1\n'
+        f'[data]\nfolder = "{texts}"\nvocab_size = 280\n[train]\nsteps = 4\nbatch = 2\nlength = 16\n'
+    )
+    assert cli.main(["train", str(recipe), "--output", str(folder), "--device", "cpu", "--quiet"]) == 0
+    return folder
+
+
+def shown_rows(shown):
+    """Name -> measure -> value of what eval prints, in columns."""
+    found = {}
+    for line in shown.splitlines():
+        name, measure, value = (part.strip() for part in re.split(r"\s{2,}", line))
+        found.setdefault(name, {})[measure] = value
+    return found
+
+
+def test_eval_predicts_the_held_out_part_of_a_folder(finished, texts, run):
+    model, tokenizer = mj.load(finished / "model", device="cpu"), load_tokenizer(finished / "model")
+    parts = data.split(data.text_folder(texts))
+    status, shown, _ = run("eval", finished / "model", "--data", texts, "--context", 50, "--device", "cpu")
+    assert status == 0
+
+    def check(documents, context=50):
+        score = bits_per_byte(model, tokenizer, data.texts(documents), context=context)
+        assert shown_rows(shown)[str(texts)] == {
+            "documents held out": str(len(documents)),
+            "bytes": f"{score.bytes:,}",
+            "tokens": f"{score.tokens:,}",
+            "bits per byte": f"{score.bits_per_byte:.4f}",
+            "nats per token": f"{score.nats_per_token:.4f}",
+        }
+
+    check(parts["held_out"])
+    assert_rejects(check, parts["validation"], parts["train"])
+    assert_rejects(lambda context: check(parts["held_out"], context), 20)
+
+
+def test_eval_asks_a_synthetic_task(finished, run):
+    model = mj.load(finished / "model", device="cpu")
+    settings = ("--length", 32, "--batch", 4, "--device", "cpu")
+    status, shown, _ = run("eval", finished / "model", "--synthetic", "needle", "repeated", *settings)
+    assert status == 0 and shown_rows(shown).keys() == {"needle, 32 tokens", "repeated, 32 tokens"}
+    status, shown, _ = run("eval", finished / "model", "--synthetic", "needle", *settings, "--setting", "digits=2")
+
+    @torch.no_grad()
+    def check(length):
+        options = {"vocabulary": model.config.vocab_size, "digits": 2}
+        batches = [task_batch("needle", 4, length, seed=0, step=step, **options) for step in range(8)]
+        right, all_right = (
+            sum(judge(model(batch.tokens), batch.targets) for batch in batches) / 8 for judge in (accuracy, solved)
+        )
+        expected = {"answers right": f"{right:.1%}", "rows all right": f"{all_right:.1%}"}
+        assert shown_rows(shown) == {f"needle, {length} tokens": expected}
+
+    check(32)
+    assert_rejects(check, 30)
+
+
+def test_eval_scores_a_run_beside_counting_and_records_it(finished, run, tmp_path, monkeypatch):
+    arguments = ["eval", "--run", str(finished), "--device", "cpu"]
+    recording = [*arguments, "--record", str(tmp_path / "a.json"), "--commit", "abc"]
+    monkeypatch.setattr(sys, "argv", ["minijamba", *recording])
+    status, shown, _ = run(*recording)
+    found = json.loads((tmp_path / "a.json").read_text())
+    facts = json.loads((finished / "tokens" / "corpus.json").read_text())["parts"]["held_out"]
+
+    def check(found):
+        assert [row["model"] for row in found["rows"]] == ["model", "5-gram"]
+        assert [row["bytes"] for row in found["rows"]] == [facts["bytes"]] * 2
+        for row in found["rows"]:
+            assert 0 < row["bits_per_byte"] < 12 and row["bits_per_byte"] == row["bits"] / row["bytes"]
+            assert f"{row['model']:<8}{row['bits_per_byte']:.4f} bits a byte" in shown
+        assert found["recipe"]["train"]["steps"] == 4 and found["curve"]["step"] == [3]
+        assert found["commit"] == "abc" and found["command"].split() == ["minijamba", *arguments]
+
+    assert status == 0 and f"recorded in {tmp_path / 'a.json'}" in shown
+    check(found)
+    assert_rejects(check, found | {"rows": found["rows"][::-1]}, found | {"command": " ".join(recording)})
+    status, shown, _ = run(*arguments)
+    assert status == 0 and "recorded" not in shown
+
+
+def test_a_loss_that_breaks_ends_training_with_one_line(texts, run, tmp_path):
+    (tmp_path / "wild.toml").write_text(
+        f'[model]\npreset = "tiny"\nnum_hidden_layers = 2\n[data]\nfolder = "{texts}"\nvocab_size = 280\n'
+        "[train]\nsteps = 60\nbatch = 2\nlength = 16\nwarmup = 0\nclip = 1e9\n"
+    )
+
+    def check(rate):
+        arguments = ("--set", f"train.learning_rate={rate}", "--output", tmp_path / rate)
+        status, shown, error = run("train", tmp_path / "wild.toml", "--quiet", "--device", "cpu", *arguments)
+        assert status == 2 and not shown and error.startswith("minijamba: step ") and error.count("\n") == 1
+        assert "not finite" in error and "Lower the learning rate" in error
+
+    check("1e4")
+    assert_rejects(check, "1e-3")
 
 
 def test_budget_of_a_preset_and_of_a_file(run, theirs):
@@ -114,8 +242,20 @@ def test_budget_of_a_preset_and_of_a_file(run, theirs):
         (("budget", "--context", "0"), "context is 0"),
         (("generate", "--model", "nowhere", "--prompt", "a"), "nowhere does not exist"),
         (("convert", "nowhere", "there"), "nowhere does not exist"),
+        (("train", "nowhere.toml"), "nowhere.toml does not exist: give a recipe"),
+        (("study", "triplets"), "there is no study 'triplets': choose of twins"),
+        (("study", "twins", "--steps", "0"), "0 steps and 3 seeds train nothing"),
+        (("eval", "nowhere"), "nowhere does not exist"),
+        (("eval", "--data", "nowhere"), "nowhere is no folder"),
+        (("eval", "--run", "nowhere"), "nowhere holds no finished run"),
+        (("eval", "--synthetic", "chess"), "there is no task 'chess'"),
+        (("eval", "--synthetic", "needle", "--setting", "digits"), "'digits' is no setting: write it as pairs=8"),
+        (("eval", "--synthetic", "needle", "--setting", "depth=x"), "'depth=x' is no setting"),
+        (("eval", "--synthetic", "needle", "--setting", "pears=8"), "needle: got an unexpected keyword argument"),
+        (("eval", "--synthetic", "associative_recall"), "associative_recall: missing a required argument: 'pairs'"),
+        (("bench", "scan", "--sides", "nobody", "--device", "cpu"), "there is no side 'nobody'"),
     ],
-    ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_mistake_gets_one_line(arguments, says, run, tmp_path, monkeypatch):
     def check(prefix):
@@ -178,8 +318,22 @@ def test_lab_opens_the_notebooks_or_says_where_they_are(run, monkeypatch, tmp_pa
 def test_tour(run):
     status, shown, _ = run("tour", "--seconds", 3)
     assert status == 0
-    for part in ("m+ mE m+ mE A+ mE m+ mE", "associative scan", "after training", "51,570,323,328", "00_map"):
+    for part in (
+        "m+ mE m+ mE A+ mE m+ mE", "11,088,976 parameters", "associative scan", "def mean(values):", "3 seconds more",
+        "51,570,323,328", "00_map",
+    ):  # fmt: skip
         assert part in shown
+
+    def check(shown):
+        errors = [float(line.split()[-1]) for line in shown.splitlines() if re.search(r" \de-\d\d$", line)]
+        assert len(errors) == 5 and max(errors) < 1e-10  # float64, sums of hundreds of terms in another order
+        names = ("bytes all alike", "knowing how frequent each token is", "this model before", "this model after")
+        alike, frequent, before, after = (float(re.search(rf"{name} +(\d\.\d\d)", shown)[1]) for name in names)
+        assert alike == 8 and after < before < frequent / 1.5 < alike
+
+    check(shown)
+    worse = re.sub(r"this model after .*", "this model after    9.99", shown)
+    assert_rejects(check, worse, shown.replace("e-16", "e-06"), re.sub(r"\ndecoding.*", "", shown))
 
 
 def test_python_m_minijamba():

@@ -15,7 +15,6 @@ from torch import nn
 from minijamba import budget, cli, preset, study
 from minijamba.config import JambaConfig
 from minijamba.data import Batch, Windows, prepare
-from minijamba.mamba import Mamba
 from minijamba.model import Jamba
 from minijamba.probes import copying, induction_scores, switched_off
 from minijamba.recipe import DataRecipe, load_recipe
@@ -570,7 +569,12 @@ def test_another_text_is_not_taken_for_the_first(measured, folder, monkeypatch):
     packages = {name: text.replace("return", "yield") for name, text in TEXTS.items()}
     monkeypatch.setattr(DataRecipe, "documents", lambda recipe: packages if recipe.packages else TEXTS)
     prepared = []
-    monkeypatch.setattr(study, "prepare", lambda *given, **more: prepared.append(prepare(*given, **more)) or prepared[-1])
+
+    def watched(*arguments, **options):
+        prepared.append(prepare(*arguments, **options))
+        return prepared[-1]
+
+    monkeypatch.setattr(study, "prepare", watched)
 
     def text(*changes):
         measured("balance", steps=1, changes=[*SMALL, *changes])
@@ -620,5 +624,9 @@ def test_the_command_is_recorded_as_it_would_be_repeated(small, tmp_path, monkey
 def test_the_recipe_of_studies_is_the_shipped_models():
     recipe = load_recipe(study.RECIPE)
     shipped = JambaConfig.from_json(study.SHIPPED / "config.json")
-    assert replace(recipe.config(shipped.vocab_size), dtype=shipped.dtype) == shipped
-    assert isinstance(study.mixers(Jamba(preset("tiny")))[0], Mamba)
+
+    def check(recipe):
+        assert replace(recipe.config(shipped.vocab_size), dtype=shipped.dtype) == shipped
+
+    check(recipe)
+    assert_rejects(check, load_recipe(study.RECIPE, ["model.intermediate_size=200"]))

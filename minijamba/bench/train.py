@@ -43,6 +43,8 @@ HYBRIDS = {
 }  # fmt: skip
 LENGTH = {"cuda": 1024, "cpu": 128}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
+# Of first losses; another model costs up to 2 more. Logits have sizes of about one, in bfloat16 with 8 bits.
+TOLERANCE = {"cuda": 0.02, "cpu": 1e-4}
 OURS = "minijamba"
 KERNELS, LOOP = "transformers, mamba-ssm, causal-conv1d", "transformers without kernels"
 SIDES = {"cuda": [OURS, KERNELS], "cpu": [OURS, LOOP]}
@@ -117,8 +119,7 @@ def bench_train(
                 case = {"measure": f"training step, {name}", "batch": sequences, "steps": LENGTH[device.type]}
                 rows.append(case | row)
         losses = [row["first_loss"] for row in rows if row["measure"].endswith(name)]
-        # Of logits in bfloat16, which have sizes of about one.
-        agree = not losses or max(losses) - min(losses) < 0.02
+        agree = not losses or max(losses) - min(losses) < TOLERANCE[device.type]
         assert agree, f"{name}: the first losses differ: {losses}"
     facts = {"dtype": str(DTYPE[device.type]).removeprefix("torch."), "repeats": repeats, "left_out": left_out}
     rate = matrix_rate(device, DTYPE[device.type])
