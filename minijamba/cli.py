@@ -223,7 +223,7 @@ def _evaluate_run(options):
         print(f"{row['model']:<8}{row['bits_per_byte']:.4f} bits a byte, on {row['bytes']:,} bytes held out")
     if options.record:
         facts = {"device": find_device(options.device), "output": options.record, "commit": options.commit}
-        print(f"recorded in {record('shipped', rows, **facts, **summary(options.run_folder))}")
+        print(f"recorded in {record(options.record.stem, rows, **facts, **summary(options.run_folder))}")
 
 
 def _text_rows(model, tokenizer, options):

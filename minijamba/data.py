@@ -136,10 +136,11 @@ def split(documents: dict, one_in: int = ONE_IN) -> dict[str, dict]:
     """The documents as {"train": ..., "validation": ..., "held_out": ...}, in order of name, none in two.
 
     A checksum of the name decides: about one in `one_in` is validation, and as many are held out, the same ones on any
-    machine. A part that this leaves empty takes a document of the largest part, so that three documents make three
-    parts. Fewer are all trained on.
+    machine. The chapters of the language reference quote one another, and go to one part together. A part that this
+    leaves empty takes a document of the largest part, so that three documents make three parts. Fewer are all trained
+    on.
     """
-    checksums = {name: zlib.crc32(name.encode()) for name in sorted(documents)}
+    checksums = {name: zlib.crc32(_group(name).encode()) for name in sorted(documents)}
     parts = {part: [] for part in PARTS}
     if len(documents) < len(PARTS):
         return {part: documents if part == "train" else {} for part in PARTS}
@@ -151,6 +152,10 @@ def split(documents: dict, one_in: int = ONE_IN) -> dict[str, dict]:
             parts[part].append(min(largest, key=checksums.get))
             largest.remove(parts[part][0])
     return {part: {name: documents[name] for name in names} for part, names in parts.items()}
+
+
+def _group(name: str) -> str:
+    return "reference" if name.startswith("reference/") else name
 
 
 def texts(documents: dict[str, Path | str]) -> dict[str, str]:

@@ -368,6 +368,8 @@ def study(
     """
     if name not in STUDIES:
         raise ValueError(f"there is no study {name!r}: choose of {', '.join(STUDIES)}")
+    if name == "recall" and changes:
+        raise ValueError("recall is trained on a task, not by the recipe: there is nothing of it to change")
     device = find_device(device)
     run, own_steps, own_seeds = STUDIES[name]
     recipe = load_recipe(RECIPE, changes)

@@ -437,19 +437,32 @@ def test_what_cannot_be_imported_does_not_train_and_is_named(trained, capsys):
 
 
 def test_the_record_of_training_names_the_kernels_that_ran(trained, monkeypatch):
-    """The functions of peers that a first step ran stand in its row."""
-    scope = {"__name__": "causal_conv1d.interface"}
-    exec("def causal_conv1d_fn(step):\n    return step()", scope)
+    """The functions of peers that a first step ran stand in its row; a side that did not run them all is left out."""
     step_of = train.PREPARE[train.OURS]
 
-    def with_kernel(folder, batch):
-        step = step_of(folder, batch)
-        return lambda: scope["causal_conv1d_fn"](step)
+    def with_kernels_of(*packages):
+        scopes = [{"__name__": package} for package in packages]
+        for scope in scopes:
+            exec("def kernel(step):\n    return step()", scope)
 
-    monkeypatch.setitem(train.PREPARE, train.KERNELS, with_kernel)
-    with patch.dict("sys.modules", causal_conv1d=sys):
-        rows = trained("--sides", train.OURS, train.KERNELS)["rows"]
-    assert [row["functions"] for row in rows] == [[], ["causal_conv1d.causal_conv1d_fn"]] * 2
+        def prepare(folder, batch):
+            step = step_of(folder, batch)
+            for scope in scopes:
+                step = partial(scope["kernel"], step)
+            return step
+
+        return prepare
+
+    def check(*packages):
+        monkeypatch.setitem(train.PREPARE, train.KERNELS, with_kernels_of(*packages))
+        with patch.dict("sys.modules", dict.fromkeys(packages, sys)):
+            measured = trained("--sides", train.OURS, train.KERNELS)
+        functions = [f"{package}.kernel" for package in sorted(packages)]
+        assert [row["functions"] for row in measured["rows"]] == [[], functions] * 2
+        assert not measured["left_out"]
+
+    check("mamba_ssm", "causal_conv1d")
+    assert_rejects(lambda package: check(package), "causal_conv1d", "mamba_ssm")
 
 
 def test_training_refuses_sides_that_do_not_exist(small_training, tmp_path, monkeypatch, capsys):

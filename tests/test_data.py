@@ -86,6 +86,19 @@ def test_the_part_of_a_document_depends_on_its_name_alone():
     assert split(dict.fromkeys(names[::2], ""))["held_out"].keys() <= parts["held_out"].keys()
 
 
+def test_the_chapters_of_the_reference_stay_together(library):
+    """They quote one another: a chapter held out would be read in another one."""
+
+    def check(parts):
+        where = {part for part in PARTS if any(name.startswith("reference/") for name in parts[part])}
+        assert where == {"train"}
+
+    parts = split(library)
+    check(parts)
+    chapter = next(name for name in parts["train"] if name.startswith("reference/"))
+    assert_rejects(check, parts | {"held_out": parts["held_out"] | {chapter: ""}})
+
+
 def test_three_documents_make_three_parts_and_fewer_are_trained_on():
     parts = split({name: "" for name in ("a", "b", "c")})
     assert [len(parts[part]) for part in PARTS] == [1, 1, 1]

@@ -92,6 +92,23 @@ def claim_about_mixer_cuda(measurement):
     )
 
 
+def claim_about_train_cuda(measurement):
+    def claim(name):
+        ours, theirs = (row for row in measurement["rows"] if row["measure"].endswith(name))
+        assert (ours["side"], theirs["side"]) == ("minijamba", "transformers, mamba-ssm, causal-conv1d")
+        speed, memory = theirs["milliseconds"] / ours["milliseconds"], theirs["bytes"] / ours["bytes"]
+        return (
+            f"{ours['batch']} x {ours['steps']} tokens, takes {ours['milliseconds']:.1f} ms, which is "
+            f"{ours['tokens_per_second']:,.0f} tokens a second, and transformers' {speed:.1f} times as long with "
+            f"{memory:.1f} times our memory"
+        )
+
+    return (
+        f"{measurement['device']}: a training step of a hybrid without experts, {claim('dense hybrid')}, mamba-ssm's "
+        f"and causal-conv1d's kernels in it. Of a hybrid with experts, {claim('MoE hybrid')}."
+    )
+
+
 def beside(measurement, peer):
     """Our figure of a case, and how many times that the peer's is, as text."""
     sides = figures(measurement)
@@ -106,6 +123,7 @@ CLAIMS = {
     "scan_cuda": claim_about_scan_cuda,
     "conv_cuda": claim_about_conv_cuda,
     "mixer_cuda": claim_about_mixer_cuda,
+    "train_cuda": claim_about_train_cuda,
     "scan_cpu": claim_about_scan_cpu,
 }
 

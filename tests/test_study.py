@@ -457,6 +457,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def measured(small, folder, tmp_path):
     def run(name, steps=STEPS, changes=SMALL, **options):
+        changes = [] if name == "recall" else changes
         path = study.study(name, "cpu", steps=steps, changes=changes, folder=folder, output=tmp_path / "a", **options)
         return json.loads(path.read_text())
 
@@ -595,6 +596,7 @@ def test_another_text_is_not_taken_for_the_first(measured, folder, monkeypatch):
         ("twins", {"steps": 0}, "0 steps and 3 seeds train nothing"),
         ("recall", {"seeds": -1}, "2000 steps and -1 seeds"),
         ("twins", {"changes": ["train.batchs=3"]}, "did you mean train.batch"),
+        ("recall", {"changes": ["train.batch=3"]}, "recall is trained on a task, not by the recipe"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(name, options, reason, tmp_path):
@@ -606,8 +608,7 @@ def test_a_study_that_cannot_be_is_refused(name, options, reason, tmp_path):
 def test_the_command_is_recorded_as_it_would_be_repeated(small, tmp_path, monkeypatch, capsys):
     """Where the figures were written, and from which commit, says nothing about them."""
     monkeypatch.chdir(tmp_path)
-    changes = [word for change in ("train.batch=2", "seed=1") for word in ("--set", change)]
-    words = ["study", "recall", "--steps", "1", "--seeds", "1", "--device", "cpu", *changes]
+    words = ["study", "recall", "--steps", "1", "--seeds", "1", "--device", "cpu"]
     arguments = [*words, "--output", str(tmp_path / "a.json"), "--commit", "abc"]
     monkeypatch.setattr(sys, "argv", ["minijamba", *arguments])
     assert cli.main(arguments) == 0

@@ -152,6 +152,8 @@ def _measure(side: str, folder: str, batch: Batch, device: torch.device, repeats
         step = PREPARE[side](f"{folder}/model", batch)
         first, functions = watch(step)
         first = first.item()
+        if side == KERNELS and {function.split(".")[0] for function in functions} != set(PEERS):
+            raise ImportError(f"it ran without the kernels of {' and '.join(PEERS)}")
         for _ in range(3):
             step()
         seconds = [_mean_of_steps(step, device) for _ in range(repeats)]
