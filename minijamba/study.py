@@ -48,6 +48,9 @@ class Setting:
     recipe: Recipe
     corpus: Corpus | None = None
 
+    def config(self) -> JambaConfig:
+        return self.recipe.config(self.corpus.facts["vocab_size"])
+
     def batches(self, seed: int) -> Callable[[int], Batch]:
         options = self.recipe.train
         return Windows(self.corpus.tokens["train"], options.batch, options.length, seed)
@@ -126,29 +129,37 @@ def build(config: JambaConfig, seed: int, device: torch.device) -> Jamba:
     return Jamba(config).to(device)
 
 
+def trained(setting: Setting, model: Jamba, seed: int, name: str, **options) -> dict:
+    """Train a model as the recipe says, and what came of it; options are those of `fit`."""
+    recipe = setting.recipe.train
+    history = fit(
+        model, setting.batches(seed), setting.steps,
+        learning_rate=recipe.learning_rate, bfloat16=recipe.bfloat16, name=f"{name}, seed {seed}", **options,
+    )  # fmt: skip
+    return {
+        "seed": seed,
+        "validation_loss": evaluate(model, setting.validation(), recipe.bfloat16),
+        "tokens_per_second": sorted(record.tokens_per_second for record in history)[len(history) // 2],
+        "curve": curve(history),
+    }
+
+
 def twins(setting: Setting) -> Iterator[dict]:
     """Hybrid, Mamba and attention: the same parameters, tokens and order of text, several seeds."""
-    base, options = setting.recipe.config(setting.corpus.facts["vocab_size"]), setting.recipe.train
+    base, options = setting.config(), setting.recipe.train
     for seed in range(setting.seeds):
         for kind in ("hybrid", "mamba", "attention"):
             model = build(twin(base, kind), seed, setting.device)
-            history = fit(
-                model, setting.batches(seed), setting.steps,
-                learning_rate=options.learning_rate, bfloat16=options.bfloat16, name=f"{kind}, seed {seed}",
-            )  # fmt: skip
-            loss = evaluate(model, setting.validation(), options.bfloat16)
+            found = trained(setting, model, seed, kind)
             yield {
                 "twin": kind,
-                "seed": seed,
                 "schedule": model.config.schedule,
                 "intermediate_size": model.config.intermediate_size,
                 "parameters": budget(model.config).total_params,
                 "active_parameters": budget(model.config).active_params,
                 "tokens": setting.steps * options.batch * options.length,
-                "tokens_per_second": sorted(record.tokens_per_second for record in history)[len(history) // 2],
-                "validation_loss": loss,
-                "bits_per_byte": setting.bits(loss),
-                "curve": curve(history),
+                "bits_per_byte": setting.bits(found["validation_loss"]),
+                **found,
                 **looked_into(model),
                 "needle": needles(model, setting),
             }
@@ -180,15 +191,10 @@ def needles(model: Jamba, setting: Setting) -> list[list[float]]:
 
 def balance(setting: Setting) -> Iterator[dict]:
     """The balance loss at several weights: what it costs, and how evenly the experts are used."""
-    base, options = setting.recipe.config(setting.corpus.facts["vocab_size"]), setting.recipe.train
-    for weight in (0.0, 0.001, 0.01):
-        model = build(replace(base, router_aux_loss_coef=weight), 0, setting.device)
-        history = fit(
-            model, setting.batches(0), setting.steps,
-            learning_rate=options.learning_rate, bfloat16=options.bfloat16, name=f"weight {weight}",
-        )  # fmt: skip
-        loss = evaluate(model, setting.validation(), options.bfloat16)
-        yield {"weight": weight, "validation_loss": loss, "curve": curve(history)}
+    for seed in range(setting.seeds):
+        for weight in (0.0, 0.001, 0.01):
+            model = build(replace(setting.config(), router_aux_loss_coef=weight), seed, setting.device)
+            yield {"weight": weight, **trained(setting, model, seed, f"weight {weight}")}
 
 
 def without_inner_norms(model: Jamba) -> Jamba:
@@ -241,22 +247,19 @@ def inner_sizes(model: Jamba, batch: Batch) -> dict[str, list[float]]:
 
 def norms(setting: Setting) -> Iterator[dict]:
     """With and without the inner norms: the size of delta, B and C as training goes on, and the loss."""
-    base, options = setting.recipe.config(setting.corpus.facts["vocab_size"]), setting.recipe.train
     batch = Batch(*(tensor[:4] for tensor in setting.validation()[0])).to(setting.device)
-    for inner in (True, False):
-        model = build(base, 0, setting.device)
-        model = model if inner else without_inner_norms(model)
-        sizes: list[dict] = []
+    for seed in range(setting.seeds):
+        for inner in (True, False):
+            model = build(setting.config(), seed, setting.device)
+            model = model if inner else without_inner_norms(model)
+            sizes: list[dict] = []
 
-        def look(step, model=model, sizes=sizes):
-            sizes.append({"step": step, **{name: max(values) for name, values in inner_sizes(model, batch).items()}})
+            def look(step, model=model, sizes=sizes):
+                largest = {name: max(values) for name, values in inner_sizes(model, batch).items()}
+                sizes.append({"step": step, **largest})
 
-        history = fit(
-            model, setting.batches(0), setting.steps, look=look,
-            learning_rate=options.learning_rate, bfloat16=options.bfloat16, name=f"inner norms {inner}",
-        )  # fmt: skip
-        loss = evaluate(model, setting.validation(), options.bfloat16)
-        yield {"inner_norms": inner, "validation_loss": loss, "curve": curve(history), "sizes": sizes}
+            found = trained(setting, model, seed, f"inner norms {inner}", look=look)
+            yield {"inner_norms": inner, **found, "sizes": sizes}
 
 
 @torch.no_grad()
@@ -275,15 +278,10 @@ def wrong_start(model: Jamba, kind: str) -> Jamba:
 
 def start(setting: Setting) -> Iterator[dict]:
     """Mamba's own initialisation beside wrong ones."""
-    base, options = setting.recipe.config(setting.corpus.facts["vocab_size"]), setting.recipe.train
-    for kind in ("as in Mamba", "zero bias", "one decay", "both"):
-        model = wrong_start(build(base, 0, setting.device), kind)
-        history = fit(
-            model, setting.batches(0), setting.steps,
-            learning_rate=options.learning_rate, bfloat16=options.bfloat16, name=kind,
-        )  # fmt: skip
-        loss = evaluate(model, setting.validation(), options.bfloat16)
-        yield {"start": kind, "validation_loss": loss, "curve": curve(history)}
+    for seed in range(setting.seeds):
+        for kind in ("as in Mamba", "zero bias", "one decay", "both"):
+            model = wrong_start(build(setting.config(), seed, setting.device), kind)
+            yield {"start": kind, **trained(setting, model, seed, kind)}
 
 
 RECALL = {"vocabulary": 256, "length": 128}

@@ -426,9 +426,9 @@ KEYS = {
         "twin", "seed", "schedule", "intermediate_size", "parameters", "active_parameters", "tokens",
         "tokens_per_second", "validation_loss", "bits_per_byte", "curve", "copying", "needle",
     },
-    "balance": {"weight", "validation_loss", "curve"},
-    "norms": {"inner_norms", "validation_loss", "curve", "sizes"},
-    "start": {"start", "validation_loss", "curve"},
+    "balance": {"weight", "seed", "validation_loss", "tokens_per_second", "curve"},
+    "norms": {"inner_norms", "seed", "validation_loss", "tokens_per_second", "curve", "sizes"},
+    "start": {"start", "seed", "validation_loss", "tokens_per_second", "curve"},
     "recall": {"twin", "states", "pairs", "seed", "accuracy"},
 }  # fmt: skip
 STEPS = 3
