@@ -36,7 +36,7 @@ from .recipe import Recipe
 from .rungs import find_device
 from .tasks import task_batch
 from .tokenizer import BOS, BPETokenizer, ByteTokenizer, load_tokenizer
-from .train import Record, Trainer, Watch, broken, evaluate, losses, schedule
+from .train import Record, Trainer, Watch, broken, evaluate, losses, repeatable, schedule
 
 COLUMNS = [field for field in Record._fields if field != "activations"] + ["share_of_card", "activations"]
 KEPT = 2  # checkpoints
@@ -54,28 +54,13 @@ def run(recipe: Recipe, folder: str | Path, device: str = "auto", progress: bool
     """
     folder = Path(folder)
     device = find_device(device)
-    with _repeatable(device):
+    with repeatable():
         _claim(folder, recipe)
         torch.manual_seed(recipe.seed)
         tokenizer, corpus = _text(recipe, folder, progress)
         model = _model(recipe, tokenizer).to(device)
         Run(recipe, folder, model, tokenizer, corpus, progress).go()
     return folder / "model"
-
-
-@contextmanager
-def _repeatable(device: torch.device):
-    """The same bits at every run: only algorithms that add in a fixed order."""
-    # cuBLAS reads this when it starts.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:

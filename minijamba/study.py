@@ -30,7 +30,7 @@ from .recipe import Recipe, load_recipe
 from .rungs import find_device, use_rung
 from .tasks import accuracy, task_batch
 from .tokenizer import load_tokenizer
-from .train import Record, Trainer, evaluate, schedule
+from .train import Record, Trainer, evaluate, repeatable, schedule
 
 RECIPE = Path(__file__).resolve().parents[1] / "data" / "recipes" / "python.toml"
 INDUCTION = 0.3  # from this score on, a head counts as an induction head
@@ -381,9 +381,10 @@ def study(
         corpus.facts["vocab_size"] = tokenizer.vocab_size
         setting = replace(setting, corpus=corpus)
     rows = []
-    for row in run(setting):
-        rows.append(row)
-        print({key: value for key, value in row.items() if not isinstance(value, list | dict)}, flush=True)
+    with repeatable():
+        for row in run(setting):
+            rows.append(row)
+            print({key: value for key, value in row.items() if not isinstance(value, list | dict)}, flush=True)
     own = {"batch": RECALL_BATCH, "learning_rate": RECALL_RATE, "weight_decay": 0.0, "bfloat16": False, **RECALL}
     facts = {"steps": setting.steps, "seeds": setting.seeds, "train": own if name == "recall" else vars(recipe.train)}
     return record(f"{name}_{device.type}", rows, device=device, output=output, commit=commit, **facts)

@@ -1,9 +1,10 @@
 """Training: one step of it, and the loop. Recipes and runs that survive a crash are in `run`."""
 
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -226,6 +227,21 @@ class Trainer:
 def _root_mean_square(h: Tensor) -> Tensor:
     wide = torch.promote_types(h.dtype, torch.float32)
     return torch.linalg.vector_norm(h, dtype=wide).float() / h.numel() ** 0.5
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside the block the same run has the same bits every time: only algorithms that add in a fixed order."""
+    # cuBLAS reads this when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 class Watch:
