@@ -159,11 +159,9 @@ def generate(options):
 
 def _text_prompt(model, options):
     """The ids of --prompt, and the stream that turns new ids into text: (ids, add, finish)."""
-    from .checkpoint import locate
-    from .tokenizer import ByteTokenizer, load_tokenizer
+    from .tokenizer import ByteTokenizer
 
-    path = locate(options.model, weights=False)
-    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    tokenizer = _tokenizer(options.model)
     if isinstance(tokenizer, ByteTokenizer):
         print(f"minijamba: {options.model} has no tokenizer.json, so text is taken as bytes", file=sys.stderr)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -174,6 +172,15 @@ def _text_prompt(model, options):
     bos = model.config.bos_token_id
     decoder = tokenizer.stream()
     return ([] if bos is None else [bos]) + tokenizer.encode(options.prompt, special=True), decoder.add, decoder.finish
+
+
+def _tokenizer(model):
+    """The tokenizer beside a checkpoint, given as its folder, its file or its id."""
+    from .checkpoint import locate
+    from .tokenizer import load_tokenizer
+
+    path = locate(model, weights=False)
+    return load_tokenizer(path if path.is_dir() else path.parent)
 
 
 def train(options):
@@ -194,11 +201,7 @@ def eval(options):
         return _evaluate_run(options)
     import minijamba as mj
 
-    from .checkpoint import locate
-    from .tokenizer import load_tokenizer
-
-    path = locate(options.model, weights=False)
-    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    tokenizer = _tokenizer(options.model)
     model = mj.load(options.model, device=options.device, dtype=options.dtype)
     rows = []
     if options.data or not (options.tasks or options.synthetic):

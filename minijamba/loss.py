@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .data import IGNORED
 from .rungs import choose, why_no_kernels
-
-IGNORED = -100
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, rung: str = "auto") -> Tensor:

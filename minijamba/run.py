@@ -5,9 +5,9 @@
     tokenizer.json          where text is no bytes
     log.csv                 a line a step
     validation.csv          loss on the validation text; experts.csv: the load of every expert at that time
-    samples.txt             what the model wrote on the way
+    samples/001000.txt      what the model wrote after 1000 steps
     checkpoint-001000.pt    model, optimiser and random state after 1000 steps; the last two are kept
-    model/                  the trained model, as any released checkpoint
+    model/                  the trained model in bfloat16, as any released checkpoint
 """
 
 import csv
@@ -289,9 +289,9 @@ class Run:
         return state["step"]
 
     def _finish(self) -> None:
-        # Two shards at least, so that what reads shards is seen to read them.
-        half = sum(parameter.nbytes for parameter in self.model.parameters()) // 2
-        save(self.model, self.folder / "model", shard_bytes=half // 2 + 1, dtype="bfloat16")
+        # In shards, as released checkpoints are: whatever reads these has seen that it can.
+        stored = 2 * sum(parameter.numel() for parameter in self.model.parameters())
+        save(self.model, self.folder / "model", shard_bytes=stored // 2 + 1, dtype="bfloat16")
         if isinstance(self.tokenizer, BPETokenizer):
             self.tokenizer.save(self.folder / "model")
 
@@ -371,8 +371,8 @@ class _Log:
             self.board.add_scalar("validation_loss", loss, done)
 
     def sample(self, done: int, text: str) -> None:
-        with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"--- after {done} steps\n{text}\n\n")
+        (self.folder / "samples").mkdir(exist_ok=True)
+        write_whole(self.folder / "samples" / f"{done:06d}.txt", text)
 
 
 def _row(file, values: list) -> None:

@@ -5,6 +5,7 @@
 On a GPU they take minutes and are recorded; notebooks run the same functions in miniature.
 """
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ class Setting:
     def bits(self, nats: float) -> float:
         """Nats a token of the validation text as bits a byte."""
         facts = self.corpus.facts["parts"]["validation"]
-        return nats / torch.tensor(2.0).log().item() * (facts["tokens"] - facts["documents"]) / facts["bytes"]
+        return nats / math.log(2) * (facts["tokens"] - facts["documents"]) / facts["bytes"]
 
 
 def fit(

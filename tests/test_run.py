@@ -71,7 +71,8 @@ def test_a_run_leaves_a_model_a_log_and_samples(recipe, tmp_path):
     with (tmp_path / "run" / "experts.csv").open() as file:
         load_row = next(csv.DictReader(file))
     assert abs(sum(map(float, load_row["load"].split())) - 4) < 0.01
-    assert (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8").startswith("--- after 12 steps\nline")
+    (sample,) = (tmp_path / "run" / "samples").iterdir()
+    assert sample.name == "000012.txt" and sample.read_text(encoding="utf-8").startswith("line")
     assert sorted(file.name for file in (tmp_path / "run").glob("checkpoint-*")) == [
         "checkpoint-000008.pt", "checkpoint-000012.pt",
     ]  # fmt: skip
