@@ -149,10 +149,13 @@ def held_out_scores(
 def summary(folder: str | Path, every: int = 50) -> dict:
     """What a run's files say of it, short enough to keep: recipe, corpus, curves, expert load at the end.
 
-    Figures of the log are means over `every` steps.
+    Figures of the log are means over `every` steps. training_seconds are those of all steps, one by one: they leave
+    out the reading of the text, validation, checkpoints, and what an interruption cost.
     """
     folder = Path(folder)
+    recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     log = _read_table(folder / "log.csv")
+    tokens_a_step = recipe["train"]["batch"] * recipe["train"]["length"]
     groups = [log[start : start + every] for start in range(0, len(log), every)]
     names = ("loss", "balance", "norm", "learning_rate", "tokens_per_second")
     curve = {
@@ -160,8 +163,9 @@ def summary(folder: str | Path, every: int = 50) -> dict:
     }
     experts = _read_table(folder / "experts.csv")
     return {
-        "recipe": json.loads((folder / "recipe.json").read_text(encoding="utf-8")),
+        "recipe": recipe,
         "corpus": json.loads((folder / "tokens" / "corpus.json").read_text(encoding="utf-8")),
+        "training_seconds": round(sum(tokens_a_step / float(row["tokens_per_second"]) for row in log)),
         "curve": {"step": [int(group[-1]["step"]) for group in groups], **curve},
         "activations": [list(map(float, group[-1]["activations"].split())) for group in groups],
         "validation": [

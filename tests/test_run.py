@@ -15,7 +15,7 @@ import torch
 
 from minijamba import Jamba, load, preset, save
 from minijamba.recipe import recipe_from_dict
-from minijamba.run import COLUMNS, held_out_scores, run
+from minijamba.run import COLUMNS, held_out_scores, run, summary
 from minijamba.testing import assert_rejects
 from minijamba.tokenizer import BPETokenizer
 
@@ -76,6 +76,22 @@ def test_a_run_leaves_a_model_a_log_and_samples(recipe, tmp_path):
     assert sorted(file.name for file in (tmp_path / "run").glob("checkpoint-*")) == [
         "checkpoint-000008.pt", "checkpoint-000012.pt",
     ]  # fmt: skip
+
+
+def test_a_summary_adds_up_the_seconds_of_the_steps(recipe, tmp_path):
+    run(recipe(), tmp_path, progress=False)
+
+    def check(tokens_per_second):
+        with (tmp_path / "log.csv").open(newline="") as file:
+            lines = [row | {"tokens_per_second": tokens_per_second} for row in csv.DictReader(file)]
+        with (tmp_path / "log.csv").open("w", newline="") as file:
+            log = csv.DictWriter(file, COLUMNS)
+            log.writeheader()
+            log.writerows(lines)
+        assert summary(tmp_path)["training_seconds"] == 12 * 4  # steps of 4 x 16 tokens in 4 seconds
+
+    check(16)
+    assert_rejects(check, 32)
 
 
 def test_transformers_reads_model_and_tokenizer(recipe, tmp_path):
