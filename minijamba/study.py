@@ -337,11 +337,11 @@ def recalled(model: Jamba, batch: Batch) -> float:
 
 # name -> what runs, and steps and seeds of the recorded study.
 STUDIES = {
-    "twins": (twins, 1000, 3),
-    "balance": (balance, 500, 1),
-    "norms": (norms, 500, 1),
-    "start": (start, 500, 1),
-    "recall": (recall, 2000, 3),
+    "twins": (twins, 1500, 3),
+    "balance": (balance, 400, 3),
+    "norms": (norms, 400, 3),
+    "start": (start, 400, 3),
+    "recall": (recall, 3000, 3),
 }
 
 
