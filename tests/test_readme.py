@@ -98,14 +98,14 @@ def claim_about_train_cuda(measurement):
         assert (ours["side"], theirs["side"]) == ("minijamba", "transformers, mamba-ssm, causal-conv1d")
         speed, memory = theirs["milliseconds"] / ours["milliseconds"], theirs["bytes"] / ours["bytes"]
         return (
-            f"{ours['batch']} x {ours['steps']} tokens, takes {ours['milliseconds']:.1f} ms, which is "
-            f"{ours['tokens_per_second']:,.0f} tokens a second, and transformers' {speed:.1f} times as long with "
-            f"{memory:.1f} times our memory"
+            f"over {ours['batch']} x {ours['steps']} tokens takes {ours['milliseconds']:.1f} ms, which is "
+            f"{ours['tokens_per_second']:,.0f} tokens a second, and transformers' with mamba-ssm and causal-conv1d "
+            f"{speed:.1f} times as long with {memory:.1f} times our memory"
         )
 
     return (
-        f"{measurement['device']}: a training step of a hybrid without experts, {claim('dense hybrid')}, mamba-ssm's "
-        f"and causal-conv1d's kernels in it. Of a hybrid with experts, {claim('MoE hybrid')}."
+        f"{measurement['device']}: a training step of a hybrid without experts {claim('dense hybrid')}; a step of a "
+        f"hybrid with experts {claim('MoE hybrid')}."
     )
 
 
