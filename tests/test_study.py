@@ -456,9 +456,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def measured(small, folder, tmp_path):
-    def run(name, steps=STEPS, changes=SMALL, **options):
+    def run(name, steps=STEPS, seeds=1, changes=SMALL):
         changes = [] if name == "recall" else changes
-        path = study.study(name, "cpu", steps=steps, changes=changes, folder=folder, output=tmp_path / "a", **options)
+        options = {"steps": steps, "seeds": seeds, "changes": changes}
+        path = study.study(name, "cpu", folder=folder, output=tmp_path / "a", **options)
         return json.loads(path.read_text())
 
     return run
@@ -475,7 +476,7 @@ def test_a_study_records_its_rows_and_how_they_came_about(name, measured):
                 assert row["curve"]["step"] == [STEPS - 1] and 5 < row["curve"]["loss"][0] < 12
                 assert 5 < row["validation_loss"] < 12  # ln 4096 = 8.3, after three steps
 
-    found = measured(name, seeds=1)
+    found = measured(name)
     check(found)
     assert_rejects(check, found | {"steps": 0}, found | {"rows": [{}]})
     trained = {"batch": 4, "length": 16, "vocabulary": 32} if name == "recall" else {"batch": 2, "length": 32}
@@ -594,7 +595,7 @@ def test_another_text_is_not_taken_for_the_first(measured, folder, monkeypatch):
     [
         ("triplets", {}, "no study 'triplets': choose of twins, balance, norms, start, recall"),
         ("twins", {"steps": 0}, "0 steps and 3 seeds train nothing"),
-        ("recall", {"seeds": -1}, "2000 steps and -1 seeds"),
+        ("recall", {"seeds": -1}, "3000 steps and -1 seeds"),
         ("twins", {"changes": ["train.batchs=3"]}, "did you mean train.batch"),
         ("recall", {"changes": ["train.batch=3"]}, "recall is trained on a task, not by the recipe"),
     ],
