@@ -8,6 +8,8 @@ from pathlib import Path
 
 from . import data
 from .config import JambaConfig, preset
+from .model import Jamba
+from .train import Trainer, schedule
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ class TrainRecipe:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, but must be at least 0 and below 1")
         if self.learning_rate <= 0 or self.clip <= 0 or self.weight_decay < 0:
             raise ValueError("train.learning_rate and train.clip must be above 0, train.weight_decay at least 0")
+
+    def trainer(self, model: Jamba) -> Trainer:
+        same = ("weight_decay", "clip", "accumulate", "bfloat16", "recompute")
+        return Trainer(model, **{name: getattr(self, name) for name in same})
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.learning_rate * schedule(step / self.steps, self.warmup, self.floor)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from .recipe import Recipe
 from .rungs import find_device
 from .tasks import task_batch
 from .tokenizer import BOS, BPETokenizer, ByteTokenizer, load_tokenizer
-from .train import Record, Trainer, Watch, broken, evaluate, losses, repeatable, schedule
+from .train import Record, Watch, broken, evaluate, losses, repeatable
 
 COLUMNS = [field for field in Record._fields if field != "activations"] + ["share_of_card", "activations"]
 KEPT = 2  # checkpoints
@@ -189,14 +189,7 @@ class Run:
         self.batches = _batches(recipe, corpus)
         self.validation = _validation(recipe, corpus)
         self.bytes_per_token = _bytes_per_token(corpus, "validation")
-        self.trainer = Trainer(
-            model,
-            weight_decay=options.weight_decay,
-            clip=options.clip,
-            accumulate=options.accumulate,
-            bfloat16=options.bfloat16,
-            recompute=options.recompute,
-        )
+        self.trainer = options.trainer(model)
         self.tokens_a_step = options.batch * options.length
         dtype = torch.bfloat16 if options.bfloat16 else torch.float32
         flops = budget(model.config, context=options.length).training_flops_per_token
@@ -212,8 +205,7 @@ class Run:
         with _stop_at_signal() as stop, _Log(self.folder, start, self.recipe.log.tensorboard) as log, bar:
             for step in bar:
                 began = time.perf_counter()
-                rate = self._rate(step)
-                measured = self.trainer.step(batch, rate)
+                measured = self.trainer.step(batch, self.recipe.train.rate(step))
                 batch = self.batches(step + 1)  # while the device works
                 record = self.trainer.record(step, measured, self.tokens_a_step, began)
                 watch.see(record)
@@ -228,10 +220,6 @@ class Run:
                 if stop.wanted and step + 1 < steps:
                     raise KeyboardInterrupt
         self._finish()
-
-    def _rate(self, step: int) -> float:
-        options = self.recipe.train
-        return options.learning_rate * schedule(step / options.steps, options.warmup, options.floor)
 
     def _due(self, what: str, done: int) -> bool:
         every = getattr(self.recipe.log, what)

@@ -27,23 +27,23 @@ from .data import Batch, Corpus, Windows, prepare
 from .mamba import Mamba
 from .model import Jamba
 from .probes import copying, induction_scores, needle_map, switched_off
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, TrainRecipe, load_recipe
 from .rungs import find_device, use_rung
 from .tasks import accuracy, task_batch
 from .tokenizer import load_tokenizer
-from .train import Record, Trainer, evaluate, repeatable, schedule
+from .train import Record, evaluate, repeatable
 
 RECIPE = Path(__file__).resolve().parents[1] / "data" / "recipes" / "python.toml"
 INDUCTION = 0.3  # from this score on, a head counts as an induction head
 NEEDLE_LENGTHS, NEEDLE_DEPTHS = (128, 256, 512, 1024), (0.0, 0.25, 0.5, 0.75, 1.0)
 EVERY = 25  # steps between two rows of a curve
+SCHEDULE = ("train.warmup=0.05", "train.floor=0.1")  # the recipe's own is for many times the steps
 
 
 @dataclass(frozen=True)
 class Setting:
     """What all models of a study have in common."""
 
-    steps: int
     seeds: int
     device: torch.device
     recipe: Recipe
@@ -70,26 +70,22 @@ class Setting:
 def fit(
     model: Jamba,
     batches: Callable[[int], Batch],
-    steps: int,
-    *,
-    learning_rate: float,
-    bfloat16: bool,
+    options: TrainRecipe,
     look: Callable[[int], None] = lambda step: None,
-    weight_decay: float = 0.1,
     name: str = "",
 ) -> list[Record]:
-    """Train a model for some steps; `look` is called before every 25th and after the last."""
+    """Train a model; `look` is called before every 25th step and after the last."""
     from tqdm import tqdm
 
-    trainer, history = Trainer(model, weight_decay=weight_decay, bfloat16=bfloat16), []
+    trainer, history = options.trainer(model), []
     model.train()
-    for step in tqdm(range(steps), name, leave=False):
+    for step in tqdm(range(options.steps), name, leave=False):
         if step % EVERY == 0:
             look(step)
         batch, began = batches(step), time.perf_counter()
-        measured = trainer.step(batch, learning_rate * schedule(step / steps))
+        measured = trainer.step(batch, options.rate(step))
         history.append(trainer.record(step, measured, batch.tokens.numel(), began))
-    look(steps)
+    look(options.steps)
     return history
 
 
@@ -130,16 +126,13 @@ def build(config: JambaConfig, seed: int, device: torch.device) -> Jamba:
     return Jamba(config).to(device)
 
 
-def trained(setting: Setting, model: Jamba, seed: int, name: str, **options) -> dict:
-    """Train a model as the recipe says, and what came of it; options are those of `fit`."""
-    recipe = setting.recipe.train
-    history = fit(
-        model, setting.batches(seed), setting.steps,
-        learning_rate=recipe.learning_rate, bfloat16=recipe.bfloat16, name=f"{name}, seed {seed}", **options,
-    )  # fmt: skip
+def trained(setting: Setting, model: Jamba, seed: int, name: str, **look) -> dict:
+    """Train a model as the recipe says, and what came of it."""
+    options = setting.recipe.train
+    history = fit(model, setting.batches(seed), options, name=f"{name}, seed {seed}", **look)
     return {
         "seed": seed,
-        "validation_loss": evaluate(model, setting.validation(), recipe.bfloat16),
+        "validation_loss": evaluate(model, setting.validation(), options.bfloat16),
         "tokens_per_second": sorted(record.tokens_per_second for record in history)[len(history) // 2],
         "curve": curve(history),
     }
@@ -158,7 +151,7 @@ def twins(setting: Setting) -> Iterator[dict]:
                 "intermediate_size": model.config.intermediate_size,
                 "parameters": budget(model.config).total_params,
                 "active_parameters": budget(model.config).active_params,
-                "tokens": setting.steps * options.batch * options.length,
+                "tokens": options.steps * options.batch * options.length,
                 "bits_per_byte": setting.bits(found["validation_loss"]),
                 **found,
                 **looked_into(model),
@@ -315,10 +308,8 @@ def recall(setting: Setting) -> Iterator[dict]:
             for kind in ("mamba", "hybrid"):
                 for states in RECALL_STATES:
                     model = build(recall_config(kind, states, RECALL["vocabulary"]), seed, setting.device)
-                    fit(
-                        model, batches, setting.steps, learning_rate=RECALL_RATE, bfloat16=False, weight_decay=0.0,
-                        name=f"{kind}, {states} states, {pairs} pairs, seed {seed}",
-                    )  # fmt: skip
+                    name = f"{kind}, {states} states, {pairs} pairs, seed {seed}"
+                    fit(model, batches, setting.recipe.train, name=name)
                     accuracy = recalled(model, batches(10**6))
                     yield {"twin": kind, "states": states, "pairs": pairs, "seed": seed, "accuracy": accuracy}
 
@@ -371,10 +362,14 @@ def study(
         raise ValueError("recall is trained on a task, not by the recipe: there is nothing of it to change")
     device = find_device(device)
     run, own_steps, own_seeds = STUDIES[name]
-    recipe = load_recipe(RECIPE, changes)
-    setting = Setting(own_steps if steps is None else steps, own_seeds if seeds is None else seeds, device, recipe)
-    if min(setting.steps, setting.seeds) < 1:
-        raise ValueError(f"{setting.steps} steps and {setting.seeds} seeds train nothing: give at least one of each")
+    steps, seeds = own_steps if steps is None else steps, own_seeds if seeds is None else seeds
+    if min(steps, seeds) < 1:
+        raise ValueError(f"{steps} steps and {seeds} seeds train nothing: give at least one of each")
+    recipe = load_recipe(RECIPE, [*SCHEDULE, f"train.steps={steps}", *changes])
+    if name == "recall":
+        task = {"batch": RECALL_BATCH, "length": RECALL["length"], "learning_rate": RECALL_RATE, "weight_decay": 0.0}
+        recipe = replace(recipe, train=TrainRecipe(steps, **task))
+    setting = Setting(seeds, device, recipe)
     if name != "recall":
         tokenizer = load_tokenizer(SHIPPED)
         text = f"tokens-{zlib.crc32(repr(recipe.data).encode()):08x}"  # another text must not find these tokens
@@ -386,6 +381,5 @@ def study(
         for row in run(setting):
             rows.append(row)
             print({key: value for key, value in row.items() if not isinstance(value, list | dict)}, flush=True)
-    own = {"batch": RECALL_BATCH, "learning_rate": RECALL_RATE, "weight_decay": 0.0, "bfloat16": False, **RECALL}
-    facts = {"steps": setting.steps, "seeds": setting.seeds, "train": own if name == "recall" else vars(recipe.train)}
+    facts = {"seeds": seeds, "train": vars(recipe.train) | (RECALL if name == "recall" else {})}
     return record(f"{name}_{device.type}", rows, device=device, output=output, commit=commit, **facts)

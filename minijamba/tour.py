@@ -129,9 +129,9 @@ def _write(model, tokenizer):
             model,
             [BOS, *tokenizer.encode(prompt)],
             max_new_tokens=100,
-            temperature=0.5,
+            temperature=0.7,
             top_p=0.9,
-            seed=0,
+            seed=4,
             stop=(),
             stream=lambda chosen, stream=stream: print(stream.add(chosen[0]), end="", flush=True),
         )

@@ -17,7 +17,7 @@ from minijamba.config import JambaConfig
 from minijamba.data import Batch, Windows, prepare
 from minijamba.model import Jamba
 from minijamba.probes import copying, induction_scores, switched_off
-from minijamba.recipe import DataRecipe, load_recipe
+from minijamba.recipe import DataRecipe, TrainRecipe, load_recipe
 from minijamba.rungs import use_rung
 from minijamba.tasks import accuracy, task_batch
 from minijamba.testing import assert_matches, assert_rejects
@@ -44,10 +44,10 @@ def model(hybrid, long_memory):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """Five steps on generated text, a byte a token."""
+    """Generated text, a byte a token."""
     corpus = prepare(TEXTS, ByteTokenizer(), tmp_path_factory.mktemp("tokens"))
     corpus.facts["vocab_size"] = ByteTokenizer.vocab_size
-    return study.Setting(5, 1, CPU, load_recipe(study.RECIPE, SMALL), corpus)
+    return study.Setting(1, CPU, load_recipe(study.RECIPE, SMALL), corpus)
 
 
 # Twins.
@@ -94,24 +94,24 @@ def test_twins_differ_in_their_mixers_alone(hybrid):
 # Training and its curve.
 
 
-def test_fit_trains_as_a_trainer_does(hybrid, setting):
-    """The losses of five steps, to the last bit; looked at before steps 0, 25, ... and at the end."""
-    config = replace(hybrid, vocab_size=ByteTokenizer.vocab_size)
-    batches, steps = setting.batches(0), 5
+def test_fit_trains_as_a_recipe_says(hybrid, setting):
+    """The losses of five steps, to the last bit."""
+    config, steps = replace(hybrid, vocab_size=ByteTokenizer.vocab_size), 5
+    options = TrainRecipe(steps, learning_rate=1e-2, warmup=0.2, floor=0.5, weight_decay=0.3, clip=0.1, accumulate=2)
     model = study.build(config, 0, CPU)
-    trainer, expected = Trainer(model, weight_decay=0.1), []
+    trainer, expected = Trainer(model, weight_decay=0.3, clip=0.1, accumulate=2), []
     for step in range(steps):
-        expected.append(trainer.step(batches(step), 1e-2 * schedule(step / steps))[0].item())
+        rate = 1e-2 * schedule(step / steps, warmup=0.2, floor=0.5)
+        expected.append(trainer.step(setting.batches(0)(step), rate)[0].item())
 
-    def check(learning_rate=1e-2, batches=batches, seed=0, **options):
-        history = study.fit(
-            study.build(config, seed, CPU), batches, steps, learning_rate=learning_rate, bfloat16=False, **options
-        )
+    def check(options, order=0, seed=0):
+        history = study.fit(study.build(config, seed, CPU), setting.batches(order), options)
         assert [record.loss for record in history] == expected and expected[-1] < expected[0]
 
-    check()
-    wrong = {"learning_rate": 2e-2}, {"batches": setting.batches(1)}, {"seed": 1}, {"weight_decay": 10.0}
-    assert_rejects(lambda options: check(**options), *wrong)
+    check(options)
+    others = {"learning_rate": 2e-2, "warmup": 0.3, "floor": 0.1, "weight_decay": 9.0, "clip": 1.0, "accumulate": 1}
+    assert_rejects(check, *(replace(options, **{name: value}) for name, value in others.items()))
+    assert_rejects(lambda other: check(options, **other), {"order": 1}, {"seed": 1})
 
 
 def test_looks_come_before_every_25th_step_and_after_the_last(hybrid):
@@ -124,7 +124,7 @@ def test_looks_come_before_every_25th_step_and_after_the_last(hybrid):
         seen.append(step)
         return batch
 
-    study.fit(model, batches, 30, learning_rate=1e-3, bfloat16=False, look=lambda step: looks.append((step, len(seen))))
+    study.fit(model, batches, TrainRecipe(30), look=lambda step: looks.append((step, len(seen))))
     assert looks == [(0, 0), (25, 25), (30, 30)]
 
 
@@ -243,7 +243,7 @@ def test_norms_that_are_gone_are_not_trained(hybrid, setting):
     def check(prepare):
         model = prepare(study.build(config, 0, CPU))
         before = {name: value.clone() for name, value in model.named_parameters()}
-        study.fit(model, setting.batches(0), 3, learning_rate=1e-2, bfloat16=False)
+        study.fit(model, setting.batches(0), TrainRecipe(3, learning_rate=1e-2))
         changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
         inner = {name for name in before if any(norm in name for norm in NORMS)}
         assert inner and not changed & inner and changed == before.keys() - inner
@@ -468,7 +468,7 @@ def measured(small, folder, tmp_path):
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_a_study_records_its_rows_and_how_they_came_about(name, measured):
     def check(found):
-        assert found["name"] == f"{name}_cpu" and found["steps"] == STEPS and found["seeds"] == 1
+        assert found["name"] == f"{name}_cpu" and found["train"]["steps"] == STEPS and found["seeds"] == 1
         assert found["command"].startswith("minijamba") and found["versions"]["torch"] == torch.__version__
         for row in found["rows"]:
             assert row.keys() - {"induction", "switched_off", "copying_switched_off"} == KEYS[name]
@@ -478,9 +478,29 @@ def test_a_study_records_its_rows_and_how_they_came_about(name, measured):
 
     found = measured(name)
     check(found)
-    assert_rejects(check, found | {"steps": 0}, found | {"rows": [{}]})
+    assert_rejects(check, found | {"train": {"steps": 0}}, found | {"rows": [{}]})
     trained = {"batch": 4, "length": 16, "vocabulary": 32} if name == "recall" else {"batch": 2, "length": 32}
     assert trained.items() <= found["train"].items()
+
+
+@pytest.mark.parametrize("name", ["balance", "recall"])
+def test_a_study_is_trained_as_its_record_says(name, measured, monkeypatch):
+    fit, used = study.fit, []
+
+    def watched(model, batches, options, **others):
+        used.append((options, batches(0).tokens.shape))
+        return fit(model, batches, options, **others)
+
+    monkeypatch.setattr(study, "fit", watched)
+    found = measured(name)
+
+    def check(said):
+        for options, shape in used:
+            assert vars(options).items() <= said.items() and shape == (said["batch"], said["length"])
+
+    check(found["train"])
+    assert found["train"]["warmup"] == 0.05 and found["train"]["floor"] == 0.1
+    assert_rejects(check, found["train"] | {"warmup": 0.02}, found["train"] | {"length": 9})
 
 
 def test_twins_see_the_same_text_and_differ_in_mixers(measured):
@@ -530,9 +550,9 @@ def test_recall_is_judged_on_pairs_that_were_not_trained_on(small, monkeypatch):
     trained, judged = [], []
     fit = study.fit
 
-    def watched_fit(model, batches, steps, **options):
-        trained.extend(batches(step).tokens for step in range(steps))
-        return fit(model, batches, steps, **options)
+    def watched_fit(model, batches, options, **others):
+        trained.extend(batches(step).tokens for step in range(options.steps))
+        return fit(model, batches, options, **others)
 
     def watched_recalled(model, batch):
         judged.append(batch.tokens)
@@ -540,7 +560,7 @@ def test_recall_is_judged_on_pairs_that_were_not_trained_on(small, monkeypatch):
 
     monkeypatch.setattr(study, "fit", watched_fit)
     monkeypatch.setattr(study, "recalled", watched_recalled)
-    list(study.recall(study.Setting(2, 1, CPU, load_recipe(study.RECIPE))))
+    list(study.recall(study.Setting(1, CPU, load_recipe(study.RECIPE, ["train.steps=2", "train.bfloat16=false"]))))
 
     def check(judged):
         assert not any(torch.equal(tokens, seen) for tokens in judged for seen in trained)
