@@ -75,6 +75,7 @@ class TrainRecipe:
             raise ValueError("train.learning_rate and train.clip must be above 0, train.weight_decay at least 0")
 
     def trainer(self, model: Jamba) -> Trainer:
+        """What takes the steps of a run; `rate` gives each its learning rate."""
         same = ("weight_decay", "clip", "accumulate", "bfloat16", "recompute")
         return Trainer(model, **{name: getattr(self, name) for name in same})
 

@@ -126,10 +126,12 @@ def build(config: JambaConfig, seed: int, device: torch.device) -> Jamba:
     return Jamba(config).to(device)
 
 
-def trained(setting: Setting, model: Jamba, seed: int, name: str, **look) -> dict:
+def trained(
+    setting: Setting, model: Jamba, seed: int, name: str, look: Callable[[int], None] = lambda step: None
+) -> dict:
     """Train a model as the recipe says, and what came of it."""
     options = setting.recipe.train
-    history = fit(model, setting.batches(seed), options, name=f"{name}, seed {seed}", **look)
+    history = fit(model, setting.batches(seed), options, look=look, name=f"{name}, seed {seed}")
     return {
         "seed": seed,
         "validation_loss": evaluate(model, setting.validation(), options.bfloat16),
@@ -347,7 +349,7 @@ def study(
     commit: str | None = None,
     output: Path | None = None,
 ) -> Path:
-    """Run a study on the shipped model's recipe and record it.
+    """Run a study on the shipped model's recipe, with few steps and a schedule for them, and record it.
 
     Args:
         steps, seeds: instead of the study's own.

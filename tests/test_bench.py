@@ -382,11 +382,13 @@ def test_training_is_measured_on_both_sides(trained, capsys):
             assert 0 < row["fastest"] <= row["milliseconds"] <= row["slowest"]
             assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] * 16 / row["milliseconds"])
             assert row["bytes"] >= 0 and row["functions"] == []
+            assert row["sizes"] == train.HYBRIDS["cpu"][row["measure"].removeprefix("training step, ")][0]
 
     check(measured)
+    other_sizes = [row | {"sizes": {}} for row in measured["rows"]]
     other_batch = [row | {"batch": 4} for row in measured["rows"]]
     other_speed = [row | {"tokens_per_second": row["milliseconds"]} for row in measured["rows"]]
-    wrong = other_batch, other_speed, measured["rows"][:3]
+    wrong = other_batch, other_speed, other_sizes, measured["rows"][:3]
     assert_rejects(check, *(measured | {"rows": rows} for rows in wrong), measured | {"dtype": "bfloat16"})
     shown = capsys.readouterr().out
     assert bench.table(measured) in shown and "MoE hybrid, minijamba: " in shown

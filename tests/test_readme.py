@@ -7,7 +7,6 @@ import re
 import subprocess
 from pathlib import Path
 
-from minijamba.bench.train import HYBRIDS
 from minijamba.testing import assert_rejects
 
 ROOT = Path(__file__).parents[1]
@@ -98,15 +97,14 @@ def claim_about_train_cuda(measurement):
         ours, theirs = (row for row in measurement["rows"] if row["measure"].endswith(name))
         assert (ours["side"], theirs["side"]) == ("minijamba", "transformers, mamba-ssm, causal-conv1d")
         speed, memory = theirs["milliseconds"] / ours["milliseconds"], theirs["bytes"] / ours["bytes"]
-        sizes, _ = HYBRIDS["cuda"][name]
         return (
-            f"{sizes['num_hidden_layers']} layers of width {sizes['hidden_size']}, {ours['batch']} x {ours['steps']} "
-            f"tokens) takes {ours['milliseconds']:.1f} ms, which is {ours['tokens_per_second']:,.0f} tokens a second, "
-            f"and transformers' with mamba-ssm and causal-conv1d {speed:.1f} times as long with {memory:.1f} times our "
-            f"memory"
+            f"{ours['sizes']['num_hidden_layers']} layers of width {ours['sizes']['hidden_size']}, {ours['batch']} x "
+            f"{ours['steps']} tokens) takes {ours['milliseconds']:.1f} ms, which is {ours['tokens_per_second']:,.0f} "
+            f"tokens a second, and transformers' with mamba-ssm and causal-conv1d {speed:.1f} times as long with "
+            f"{memory:.1f} times our memory"
         )
 
-    experts = HYBRIDS["cuda"]["MoE hybrid"][0]["num_experts"]
+    experts = measurement["rows"][-1]["sizes"]["num_experts"]
     return (
         f"{measurement['device']}: a training step of a hybrid without experts ({claim('dense hybrid')}; a step of a "
         f"hybrid with {experts} experts ({claim('MoE hybrid')}."

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from minijamba.checkpoint import SHIPPED
 from minijamba.evaluate import bits_per_byte, ngram_bits_per_byte
 from minijamba.ngram import KneserNey
 from minijamba.recipe import load_recipe
+from minijamba.study import RECIPE
 from minijamba.testing import assert_matches, assert_rejects
 from minijamba.tokenizer import BOS, BPETokenizer
 
@@ -45,11 +47,13 @@ def test_it_is_a_small_real_jamba(model):
     assert config.vocab_size == BPETokenizer.load(SHIPPED).vocab_size == 4096
 
 
-def test_it_is_what_the_recipe_makes(model):
-    recipe = load_recipe(ROOT / "data" / "recipes" / "python.toml")
-    wanted = recipe.config(4096)
-    assert {**wanted.to_dict(), "torch_dtype": None} == {**model.config.to_dict(), "torch_dtype": None}
-    assert json.loads(json.dumps(recipe.to_dict())) == RECORD["recipe"]
+def test_it_is_what_the_recipe_of_record_and_studies_makes(model):
+    def check(recipe):
+        assert replace(recipe.config(4096), dtype=model.config.dtype) == model.config
+        assert json.loads(json.dumps(recipe.to_dict())) == RECORD["recipe"]
+
+    check(load_recipe(RECIPE))
+    assert_rejects(check, *(load_recipe(RECIPE, [change]) for change in ("model.intermediate_size=200", "seed=1")))
 
 
 def test_transformers_gives_the_same_logits_and_tokens(model, tokenizer):

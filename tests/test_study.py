@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from minijamba import budget, cli, preset, study
-from minijamba.config import JambaConfig
 from minijamba.data import Batch, Windows, prepare
 from minijamba.model import Jamba
 from minijamba.probes import copying, induction_scores, switched_off
@@ -641,14 +640,3 @@ def test_the_command_is_recorded_as_it_would_be_repeated(small, tmp_path, monkey
 
     check(found["command"])
     assert_rejects(check, " ".join(["minijamba", *arguments]))
-
-
-def test_the_recipe_of_studies_is_the_shipped_models():
-    recipe = load_recipe(study.RECIPE)
-    shipped = JambaConfig.from_json(study.SHIPPED / "config.json")
-
-    def check(recipe):
-        assert replace(recipe.config(shipped.vocab_size), dtype=shipped.dtype) == shipped
-
-    check(recipe)
-    assert_rejects(check, load_recipe(study.RECIPE, ["model.intermediate_size=200"]))

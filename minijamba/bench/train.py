@@ -116,7 +116,8 @@ def bench_train(
                     print(f"{side} is left out: {error}")
                     continue
                 print(f"{name}, {side}: {row['tokens_per_second']:,.0f} tokens/s, {row['bytes'] / 2**30:.2f} GiB")
-                case = {"measure": f"training step, {name}", "batch": sequences, "steps": LENGTH[device.type]}
+                case = {"measure": f"training step, {name}", "sizes": sizes}
+                case |= {"batch": sequences, "steps": LENGTH[device.type]}
                 rows.append(case | row)
         losses = [row["first_loss"] for row in rows if row["measure"].endswith(name)]
         agree = not losses or max(losses) - min(losses) < TOLERANCE[device.type]
