@@ -1,4 +1,5 @@
-"""Grouped-query attention without positions: the Mamba layers below it already know the order of the tokens."""
+"""Grouped-query attention: without positions in Jamba, whose Mamba layers already know the order of the tokens; with
+rotary ones in Transformers."""
 
 from collections.abc import Callable
 
@@ -25,6 +26,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, *,
     Source:  Vaswani et al., 2017; Ainslie et al., 2023, for the groups; Jamba, section 6.5, for no positions.
     """
     return choose("attention", rung, rungs(q.device), q.device)(q, k, v, visible)
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary positions: number i and number i + p/2 of a head are turned together, by an angle that grows with time.
+
+        angle = position theta^(-2i/p),   i = 0 .. p/2 - 1
+
+    The product of a query and a key, both turned, depends on how far apart they are, and no longer on where.
+
+    x: (b, t, h, p), positions: (b, t) or (t,) -> (b, t, h, p). Angles are float32 at least.
+    Source: Su et al., 2021, in the order of halves that the released Llama, Mistral and Mixtral have.
+    """
+    wide, half = torch.promote_types(x.dtype, torch.float32), x.shape[-1] // 2
+    rates = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    angles = positions[..., None, None] * rates
+    first, second = x.to(wide).split(half, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
@@ -70,17 +89,27 @@ class Attention(nn.Module):
         super().__init__()
         width, queries = config.hidden_size, config.num_attention_heads * config.head_dim
         groups = config.num_key_value_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(width, queries, bias=False)
-        self.k_proj = nn.Linear(width, groups, bias=False)
-        self.v_proj = nn.Linear(width, groups, bias=False)
-        self.o_proj = nn.Linear(queries, width, bias=False)
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        self.q_proj = nn.Linear(width, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width, groups, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width, groups, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, width, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, layout: Layout, cache: KeyValues | None = None) -> Tensor:
+    def heads(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, t, h, p), keys and values (b, t, g, p); the first two turned where there are positions."""
         q, k, v = (
             rearrange(project(x), "b t (h p) -> b t h p", p=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.theta is not None:
+            places = layout.places
+            if places is None:
+                places = layout.past + torch.arange(x.shape[1], device=x.device)
+            q, k = rotate(q, places, self.theta), rotate(k, places, self.theta)
+        return q, k, v
+
+    def forward(self, x: Tensor, layout: Layout, cache: KeyValues | None = None) -> Tensor:
+        q, k, v = self.heads(x, layout)
         if cache is not None:
             k, v = cache.extend(k, v, layout)
         return self.o_proj(rearrange(attention(q, k, v, layout.visible), "b t h p -> b t (h p)"))

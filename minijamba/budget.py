@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of any Jamba, computed from its config alone: nothing is allocated.
+"""Parameters, FLOPs and memory of any model, computed from its config alone: nothing is allocated.
 
 All sizes are bytes, shown in GiB (2^30 bytes; the papers' cache tables print them as "GB").
 """
@@ -13,26 +13,23 @@ from typing import NamedTuple
 
 import torch
 
-from .config import JambaConfig
+from .config import JambaConfig, preset
+from .families import rename
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARTS = ("embedding", "mamba", "attention", "mlp", "moe", "norms", "head")
+NORMS = ("input_layernorm", "pre_ff_layernorm")  # of a layer's mixer and of its feed-forward
 INT4_GROUP = 64  # weights along the input that share one scale
 KEPT_FLOAT32 = ("mamba.A_log", "mamba.dt_proj.bias")  # in memory, also in a model of half precision
 LONGEST = 2**40  # tokens; a model that has memory for these has it for any number
 
-# Layers with attention, key/value heads and head width of the Transformers that the papers compare with.
-TRANSFORMERS = {
-    "Llama-2-7B": (32, 32, 128),
-    "Llama-2-13B": (40, 40, 128),
-    "Llama-2-70B": (80, 8, 128),
-    "Mistral-7B": (32, 8, 128),
-    "Mixtral-8x7B": (32, 8, 128),
-}
+# The Transformers that the Jamba paper compares with, and all models whose papers this package follows.
+TRANSFORMERS = ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "Mistral-7B", "Mixtral-8x7B")
+COMPARED = (*TRANSFORMERS, "Jamba-v0.1", "Jamba-1.5-Large", "Mamba-2.8B", "BlackMamba-1.5B", "BlackMamba-2.8B")
 
 
 class Weight(NamedTuple):
-    """One tensor of the released layout."""
+    """One tensor of the layout in which Jambas are released: our name for it, whatever the family."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,7 +42,7 @@ class Weight(NamedTuple):
 
 
 def weights(config: JambaConfig) -> list[Weight]:
-    """Every tensor of a checkpoint in the released layout: one per expert and projection, no head where it is tied.
+    """Every tensor of a model: one per expert and projection, no head where it is tied.
 
     Jamba-v0.1 has 1,251 of them with 51,570,323,328 parameters in all.
     Linear weights are (out, in). Norms inside a Mamba mixer count as "mamba", the router as "moe".
@@ -53,13 +50,25 @@ def weights(config: JambaConfig) -> list[Weight]:
     d, v = config.hidden_size, config.vocab_size
     found = [Weight("model.embed_tokens.weight", (v, d), "embedding")]
     for i, layer in enumerate(config.layers):
-        parts = [_mamba(config) if layer.mixer == "mamba" else _attention(config)]
-        parts += [_moe(config) if layer.feed_forward == "moe" else _mlp(config)]
-        parts += [_norms(config)]
+        kinds = {"mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _moe}
+        parts = [kinds[part](config) for part in layer if part]
+        parts += [_norm(config, name) for name, part in zip(NORMS, layer, strict=True) if part]
         found += [weight._replace(name=f"model.layers.{i}.{weight.name}") for part in parts for weight in part]
     found += [Weight("model.final_layernorm.weight", (d,), "norms")]
+    if config.final_norm == "layer":
+        found += [Weight("model.final_layernorm.bias", (d,), "norms")]
     if not config.tie_word_embeddings:
         found += [Weight("lm_head.weight", (v, d), "head")]
+    if config.head_bias:
+        found += [Weight("lm_head.bias", (v,), "head")]
+    return found
+
+
+def released(config: JambaConfig) -> dict[str, list[Weight]]:
+    """Every tensor in the released layout of the config's family, and which of ours it holds, row after row."""
+    found: dict[str, list[Weight]] = {}
+    for weight in weights(config):
+        found.setdefault(rename(weight.name, config.family[1].names), []).append(weight)
     return found
 
 
@@ -74,10 +83,9 @@ def _mamba(config: JambaConfig) -> Iterator[Weight]:
         "dt_proj.weight": (c, r),
         "dt_proj.bias": (c,),
         "out_proj.weight": (d, c),
-        "dt_layernorm.weight": (r,),
-        "b_layernorm.weight": (n,),
-        "c_layernorm.weight": (n,),
     }
+    if config.mamba_inner_layernorms:
+        shapes |= {"dt_layernorm.weight": (r,), "b_layernorm.weight": (n,), "c_layernorm.weight": (n,)}
     if config.mamba_conv_bias:
         shapes["conv1d.bias"] = (c,)
     if config.mamba_proj_bias:
@@ -86,26 +94,37 @@ def _mamba(config: JambaConfig) -> Iterator[Weight]:
 
 
 def _attention(config: JambaConfig) -> Iterator[Weight]:
-    d, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-    shapes = {"q_proj": (d, d), "k_proj": (key_width, d), "v_proj": (key_width, d), "o_proj": (d, d)}
-    return (Weight(f"self_attn.{name}.weight", shape, "attention") for name, shape in shapes.items())
+    d, width = config.hidden_size, config.num_attention_heads * config.head_dim
+    key_width = config.num_key_value_heads * config.head_dim
+    shapes = {"q_proj": (width, d), "k_proj": (key_width, d), "v_proj": (key_width, d), "o_proj": (d, width)}
+    return _projections(shapes, config.attention_bias, "self_attn", "attention")
+
+
+def _projections(
+    shapes: dict[str, tuple[int, int]], biased: bool, prefix: str, part: str, expert: int | None = None
+) -> Iterator[Weight]:
+    for name, shape in shapes.items():
+        yield Weight(f"{prefix}.{name}.weight", shape, part, expert)
+        if biased:
+            yield Weight(f"{prefix}.{name}.bias", shape[:1], part, expert)
 
 
 def _mlp(config: JambaConfig, prefix="feed_forward", part="mlp", expert=None) -> Iterator[Weight]:
     d, f = config.hidden_size, config.intermediate_size
     shapes = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
-    return (Weight(f"{prefix}.{name}.weight", shape, part, expert) for name, shape in shapes.items())
+    return _projections(shapes, config.mlp_bias, prefix, part, expert)
 
 
 def _moe(config: JambaConfig) -> Iterator[Weight]:
     yield Weight("feed_forward.router.weight", (config.num_experts, config.hidden_size), "moe")
+    if config.router_bias:
+        yield Weight("feed_forward.router.bias", (config.num_experts,), "moe")
     for expert in range(config.num_experts):
         yield from _mlp(config, f"feed_forward.experts.{expert}", "moe", expert)
 
 
-def _norms(config: JambaConfig) -> Iterator[Weight]:
-    names = ("input_layernorm", "pre_ff_layernorm")
-    return (Weight(f"{name}.weight", (config.hidden_size,), "norms") for name in names)
+def _norm(config: JambaConfig, name: str) -> list[Weight]:
+    return [Weight(f"{name}.weight", (config.hidden_size,), "norms")]
 
 
 def kv_bytes(layers: int, kv_heads: int, head_dim: int, context: int, bytes_per_value: int = 2) -> int:
@@ -121,30 +140,39 @@ def kv_table(contexts: list[int], configs: dict[str, JambaConfig] | None = None)
 
     At 262,144 tokens it is the KV column of the Jamba paper's Table 1 (whose LLAMA-2 is the 7B one; no sliding window).
     """
-    shapes = dict(TRANSFORMERS)
-    for name, config in (configs or {}).items():
-        shapes[name] = (_count(config, "attention"), config.num_key_value_heads, config.head_dim)
-    return {name: [kv_bytes(*shape, context) / 2**30 for context in contexts] for name, shape in shapes.items()}
+    configs = {name: preset(name.lower()) for name in TRANSFORMERS} | (configs or {})
+    return {name: [kv_bytes(*_kv(config), t) / 2**30 for t in contexts] for name, config in configs.items()}
+
+
+def _kv(config: JambaConfig) -> tuple[int, int, int]:
+    return _count(config, "attention"), config.num_key_value_heads, config.head_dim
 
 
 def flops_per_token(config: JambaConfig, context: float) -> float:
-    """FLOPs of the forward pass of one token that attends to `context` tokens, itself included.
+    """FLOPs of the forward pass of one token that attends to `context` tokens, itself included, or to its window's.
 
-        2 M  +  (attention layers) 4 d context  +  (Mamba layers) c (7 n + 4 + 2 w)
+        2 M  +  (attention layers) 4 h p context  +  (Mamba layers) c (7 n + 4 + 2 w)
 
     M: weights of the matrix products that the token goes through: k of the e experts, the router and the head, tied or
-    not; the embedding is a look-up. Attention: for each key, 2 d for the score and 2 d for the weighted sum. Scan: for
-    each state two operations for the decay, three for the update, two for the read-out; for each channel delta x, D x
-    and its sum, the gate. Convolution: 2 w a channel. Norms and activation functions are left out.
+    not; the embedding is a look-up. Attention: for each key, 2 h p for the score and 2 h p for the weighted sum. Scan:
+    for each state two operations for the decay, three for the update, two for the read-out; for each channel delta x,
+    D x and its sum, the gate. Convolution: 2 w a channel. Norms and activation functions are left out.
 
-    Linear in `context`: a prompt of t tokens costs t times the value at (t + 1) / 2. Training costs three times the
+    Linear in `context`: a prompt of t tokens costs t times the value at `mean_context`. Training costs three times the
     forward pass, since each matrix product has two in the backward pass.
     """
     scan_and_conv = config.d_inner * (7 * config.mamba_d_state + 4 + 2 * config.mamba_d_conv)
     products = sum(weight.size for weight in weights(config) if _multiplies(weight) and _active(config, weight))
     products += config.vocab_size * config.hidden_size
-    attention = _count(config, "attention") * 4 * config.hidden_size * context
+    width, seen = config.num_attention_heads * config.head_dim, min(context, config.sliding_window or math.inf)
+    attention = _count(config, "attention") * 4 * width * seen
     return 2 * products + attention + _count(config, "mamba") * scan_and_conv
+
+
+def mean_context(config: JambaConfig, context: int) -> float:
+    """How many tokens a token attends to, the mean over a sequence: (t + 1) / 2 where no window cuts it short."""
+    window = min(context, config.sliding_window or context)
+    return (window * (window + 1) / 2 + (context - window) * window) / context
 
 
 def _multiplies(weight: Weight) -> bool:
@@ -218,7 +246,7 @@ class Budget:
     @property
     def tensors(self) -> int:
         """Tensors of a checkpoint in the released layout."""
-        return len(self.weights)
+        return len(released(self.config))
 
     @property
     def file_bytes(self) -> int:
@@ -233,8 +261,7 @@ class Budget:
     @property
     def kv_bytes(self) -> int:
         """Keys and values of all sequences, full to `context`."""
-        shape = _count(self.config, "attention"), self.config.num_key_value_heads, self.config.head_dim
-        return self.batch * kv_bytes(*shape, self.context, self.itemsize)
+        return self.batch * kv_bytes(*_kv(self.config), self.context, self.itemsize)
 
     @property
     def ssm_bytes(self) -> int:
@@ -259,26 +286,28 @@ class Budget:
 
         With T = b min(chunk, context) tokens in flight, in values of `dtype` unless float32 is said:
 
-            residual stream  T 6 d, beside one layer at a time; the largest kind counts
+            residual stream  T 6 d, float32 with residual_in_fp32, beside one layer at a time; the largest kind counts
             Mamba            T (6 c + r + 2 n), T 8 c float32, and four blocks of states of the scan, each
                              min(T c n, max(2^20, 16 b c n)) float32
-            attention        T 6 d, and the mask: T context bool and as many values
+            attention        T (3 d + 3 h p), and the mask: T context bool and as many values
             MLP              T 3 f
             MoE              T (5 k d + 3 f), and T 2 e float32: every token may choose the same expert
             sampling         8 b v float32
         """
         config, size, tokens = self.config, self.itemsize, self.batch * min(self.chunk, self.context)
+        width = config.num_attention_heads * config.head_dim
         d, f, c, n = config.hidden_size, config.intermediate_size, config.d_inner, config.mamba_d_state
         k, e = config.num_experts_per_tok, config.num_experts
         states = min(tokens * c * n, max(2**20, 16 * self.batch * c * n))
         kinds = {
             "mamba": tokens * ((6 * c + config.mamba_dt_rank + 2 * n) * size + 8 * c * 4) + 4 * states * 4,
-            "attention": tokens * (6 * d * size + self.context * (1 + size)),
+            "attention": tokens * (3 * (d + width) * size + self.context * (1 + size)),
             "mlp": tokens * 3 * f * size,
             "moe": tokens * ((5 * k * d + 3 * f) * size + 2 * e * 4),
         }
-        largest = max(kinds[kind] for layer in config.layers for kind in layer)
-        return tokens * 6 * d * size + largest + 8 * self.batch * config.vocab_size * 4
+        largest = max(kinds[kind] for layer in config.layers for kind in layer if kind)
+        stream = max(4, size) if config.residual_in_fp32 else size
+        return tokens * 6 * d * stream + largest + 8 * self.batch * config.vocab_size * 4
 
     @property
     def working_bytes(self) -> int:
@@ -297,7 +326,7 @@ class Budget:
     @property
     def training_flops_per_token(self) -> float:
         """Forward and backward FLOPs, the mean over a sequence of `context` tokens."""
-        return 3 * flops_per_token(self.config, (self.context + 1) / 2)
+        return 3 * flops_per_token(self.config, mean_context(self.config, self.context))
 
     def fits(self, memory: int) -> bool:
         """Whether `memory` bytes hold all of it."""
@@ -384,6 +413,26 @@ def budget(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
     return Budget(config, context, batch, quantize, dtype, chunk)
+
+
+def compare(configs: dict[str, JambaConfig] | None = None, context: int = 262144) -> str:
+    """A table of models, those of the papers by default: parameters, what a sequence of `context` tokens occupies in
+    bfloat16, and forward FLOPs a token, without any context and at the end of that one.
+
+    Keys and values are counted in full, also where a model attends to a window. Source: Jamba, Table 1.
+    """
+    configs = configs or {name: preset(name.lower()) for name in COMPARED}
+    head = f"{'':16} {'layers':>7} {'parameters':>16} {'active':>15} {'KV cache':>11} {'state':>10}  FLOPs a token"
+    lines = [f"{context:,} tokens of context, bfloat16", f"{head}, at the end"]
+    for name, config in configs.items():
+        table = budget(config, context, dtype="bfloat16")
+        lines.append(
+            f"{name:16} {len(config.layers):>7} {table.total_params:>16,} {table.active_params:>15,} "
+            f"{_readable(table.kv_bytes) if table.kv_bytes else '-':>11} "
+            f"{_readable(table.state_bytes) if table.state_bytes else '-':>10} "
+            f"{flops_per_token(config, 0):>14.3g} {table.flops_per_token:>11.3g}"
+        )
+    return "\n".join(lines)
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:

@@ -8,7 +8,7 @@ import copy
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ class Layout:
     positions: (b, t) int64, the cache slot of each token, or None when all rows stand at `past`, past + 1, ...
     past:      slots in use before this call, in the fullest row.
     visible:   (b, t, s) bool, which slots each token attends to, or None for plain causal attention.
+    places:    (b, t) int64, the place of each token in its document, or None when it is past, past + 1, ...
     """
 
     real: Tensor | None = None
@@ -36,6 +37,7 @@ class Layout:
     positions: Tensor | None = None
     past: int = 0
     visible: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor | None:
@@ -48,13 +50,31 @@ class Layout:
         return self.real is None and self.documents is None
 
 
-def layout_without_cache(real: Tensor | None, segments: Tensor | None) -> Layout:
+def layout_without_cache(
+    tokens: Tensor, real: Tensor | None = None, segments: Tensor | None = None, window: int | None = None
+) -> Layout:
     """The layout of a call that starts from nothing. Padding stands last, so causal attention never sees it."""
-    if segments is None:
-        return Layout(real=real)
-    documents = _starts(segments, segments[:, 0], real).cumsum(1)
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    return Layout(real, documents, visible=causal & (documents[:, :, None] == documents[:, None, :]))
+    steps = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    documents = visible = None
+    if segments is not None:
+        documents = _starts(segments, segments[:, 0], real).cumsum(1)
+        visible = _causal(steps) & (documents[:, :, None] == documents[:, None, :])
+    return _with_window(Layout(real, documents, visible=visible), steps, window)
+
+
+def _causal(positions: Tensor, slots: int | None = None) -> Tensor:
+    """(b, t, s) bool: of as many slots as there are, or as tokens, those up to each token's own, positions (b, t)."""
+    return torch.arange(slots or positions.shape[1], device=positions.device) <= positions[:, :, None]
+
+
+def _with_window(layout: Layout, positions: Tensor, window: int | None) -> Layout:
+    """The layout with the places of its tokens, and with sight of `window` slots only; positions (b, t)."""
+    slots, visible = layout.past + positions.shape[1], layout.visible
+    places = None if visible is None else visible.sum(-1) - 1
+    if window is not None and slots > window:
+        visible = _causal(positions, slots) if visible is None else visible
+        visible = visible & (torch.arange(slots, device=positions.device) > positions[:, :, None] - window)
+    return replace(layout, visible=visible, places=places)
 
 
 def _starts(segments: Tensor, before: Tensor, real: Tensor | None) -> Tensor:
@@ -138,7 +158,9 @@ class Cache:
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
-        def layer(mixer: str) -> KeyValues | MambaState:
+        def layer(mixer: str | None) -> KeyValues | MambaState | None:
+            if mixer is None:
+                return None
             if mixer == "attention":
                 kv = (capacity, config.num_key_value_heads, config.head_dim)
                 return KeyValues(empty(*kv), empty(*kv))
@@ -168,14 +190,15 @@ class Cache:
         documents, fresh = self._number_documents(steps, segments, real, positions)
         visible = None
         if ragged or documents is not None:
-            visible = torch.arange(past + steps, device=positions.device) <= positions[:, :, None]
+            visible = _causal(positions, past + steps)
         if documents is not None:
             visible = visible & (self.documents[:, None, : past + steps] == documents[:, :, None])
         self.lengths = self.lengths + (steps if real is None else real.sum(1))
         self.filled = past + steps
         if real is not None:
             self._measure()
-        return Layout(real, documents, fresh, positions if ragged else None, past, visible)
+        layout = Layout(real, documents, fresh, positions if ragged else None, past, visible)
+        return _with_window(layout, positions, self.config.sliding_window)
 
     def _measure(self) -> None:
         self.filled = int(self.lengths.max())
@@ -234,7 +257,7 @@ class Cache:
     @property
     def dtype(self) -> torch.dtype:
         """Of keys, values and windows."""
-        first = self.layers[0]
+        first = next(layer for layer in self.layers if layer is not None)
         return first.keys.dtype if isinstance(first, KeyValues) else first.window.dtype
 
     @property
@@ -258,7 +281,8 @@ class Cache:
         }
         aside = path.with_name(path.name + ".part")
         try:
-            save_file(tensors, aside, metadata={"config": json.dumps(self.config.to_dict())})
+            config = asdict(self.config) | {"model_type": "minijamba"}  # which can say every config
+            save_file(tensors, aside, metadata={"config": json.dumps(config)})
             os.replace(aside, path)
         except (OSError, SafetensorError) as error:
             room = f"{self.nbytes:,} bytes free"
@@ -290,7 +314,7 @@ def _tensors(cache: Cache) -> dict[str, Tensor]:
     """Every tensor of a cache under the name it is saved by."""
     named = {"lengths": cache.lengths, "segment": cache.segment, "documents": cache.documents}
     for i, layer in enumerate(cache.layers):
-        named |= {f"layers.{i}.{name}": tensor for name, tensor in vars(layer).items()}
+        named |= {f"layers.{i}.{name}": tensor for name, tensor in vars(layer).items()} if layer else {}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 

@@ -1,14 +1,17 @@
-"""Checkpoints in the layout of the released files, safetensors only: load, save, convert.
+"""Checkpoints in the layouts of the released files: load, save, convert.
 
 A checkpoint is a folder with config.json and either model.safetensors or model.safetensors.index.json and its shards.
-It is checked against its config before memory is taken, and then read tensor by tensor. No pickle is ever opened.
+It is checked against its config before memory is taken, and then read tensor by tensor. A pickle is opened only for a
+family that was released as one, and only as far as it holds tensors; what is written is always safetensors.
 """
 
 import json
 import math
 import os
+import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,26 +24,18 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .budget import KEPT_FLOAT32, refuse_if_too_large, weights
+from .budget import KEPT_FLOAT32, refuse_if_too_large, released, weights
 from .config import DTYPES, JambaConfig
+from .families import Family, rename
 from .model import Jamba
 from .rungs import find_device
 
-# Our name -> the released one, by the part that differs; {e} counts the experts, which we stack. All others are equal.
-RELEASED = {
-    "experts.gate_proj": "experts.{e}.gate_proj.weight",
-    "experts.up_proj": "experts.{e}.up_proj.weight",
-    "experts.down_proj": "experts.{e}.down_proj.weight",
-}
-# Released -> first release (March 2024), where a dense layer was an only expert without a router. Read, never written.
-FIRST_RELEASE = {
-    "feed_forward.gate_proj": "moe.experts.0.gate_proj",
-    "feed_forward.up_proj": "moe.experts.0.up_proj",
-    "feed_forward.down_proj": "moe.experts.0.down_proj",
-    "feed_forward.": "moe.",
-    "pre_ff_layernorm": "pre_moe_layernorm",
-    "b_layernorm": "B_layernorm",
-    "c_layernorm": "C_layernorm",
+# Our name for stacked experts -> the names in a Jamba's files, where {e} counts them. All others are equal there; what
+# other families call them is in `families`.
+STACKED = {
+    f"experts.{name}_{ours}": f"experts.{{e}}.{name}_proj.{stored}"
+    for name in ("gate", "up", "down")
+    for ours, stored in (("proj", "weight"), ("bias", "bias"))
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -54,6 +49,10 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 NO_PICKLE = (
     "is a pickle, which can run code when opened, and only safetensors is read: if you trust it, rewrite it once with "
     "transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+)
+NO_TENSORS = (
+    "holds more than tensors under names, so it was refused before any of it ran: a checkpoint of this family is a "
+    "dictionary of tensors, or one under the key `model`; download it again from where you trust it"
 )
 # The small Jamba that was trained here on Python's own source; it is in the repository, not in an installed package.
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "checkpoints" / "python"
@@ -72,15 +71,17 @@ def load(
         model = mj.load()                              # the small trained one of this repository
         model = mj.load("checkpoints/mine")            # a folder, or a .safetensors file beside its config.json
         model = mj.load("ai21labs/Jamba-tiny-dev")     # an id of the Hugging Face Hub, downloaded once
+        model = mj.load("state-spaces/mamba-130m-hf")  # any family that is in `families`, known from its config.json
 
-    Reads shards with their index or a single file, tied heads, and the names of the first release. All is checked
-    before memory is taken; then memory holds the model and one tensor at most. A head that is stored although the
-    config ties it must equal the embedding.
+    Reads shards with their index or a single file, tied heads, and the names of first releases. All is checked before
+    memory is taken; then memory holds the model and one tensor at most. A head that is stored although the config ties
+    it must equal the embedding. Mamba and BlackMamba were released as pickles: those are opened with weights_only=True,
+    and refused if they hold anything but tensors.
 
     Args:
         device:   "auto" is the GPU where CUDA finds one, otherwise the CPU.
-        dtype:    "float32", "bfloat16", "float16", "float64" or torch's own; "auto" is the config's.
-                  A_log and delta's bias are float32 at least.
+        dtype:    "float32", "bfloat16", "float16", "float64" or torch's own; "auto" is the config's, or the stored one
+                  where it says none. A_log and delta's bias are float32 at least.
         quantize: None; weights of fewer bits are not in this version.
     Raises: ValueError with file, tensor and remedy for whatever is wrong with the checkpoint, or if it does not fit in
         memory; ConnectionError if an id cannot be downloaded.
@@ -89,10 +90,13 @@ def load(
         raise ValueError(f"quantize is {quantize!r}, but int8 and int4 weights are not in this version: leave it None")
     device = find_device(device)
     config = _config(locate(path_or_repo_id, weights=False))
+    wanted = _dtype(dtype, config.dtype, (*DTYPES, "float64"))
+    sizes = [weight.size * _held(weight.name, wanted).itemsize for weight in weights(config)]
+    refuse_if_too_large(sum(sizes) + max(sizes), device, f"{path_or_repo_id} in {_name(wanted)}")
+    path = locate(path_or_repo_id, pickled=config.family[1].pickle)
+    stored = _match(config, path)
+    config = _with_stored_dtype(config, path, stored)
     dtype = _dtype(dtype, config.dtype, (*DTYPES, "float64"))
-    sizes = [weight.size * _held(weight.name, dtype).itemsize for weight in weights(config)]
-    refuse_if_too_large(sum(sizes) + max(sizes), device, f"{path_or_repo_id} in {_name(dtype)}")
-    stored = _match(config, locate(path_or_repo_id))
     model = _unfilled(config, dtype, device)
     with _bar(f"loading {path_or_repo_id}", sum(sizes)) as bar:
         for name, tensor in _tensors(model).items():
@@ -106,6 +110,9 @@ def save(
 ) -> None:
     """Write a checkpoint that `load`, and AutoModelForCausalLM of transformers, read.
 
+    Its layout is that of the first family that can say the model (`config.family`). Two are read by `load` alone:
+    BlackMamba, which transformers does not have, and "minijamba", for models that no family can say.
+
     It is written to a hidden folder beside `path` that takes its place at the end: if anything fails, an earlier
     checkpoint stays as it was, or, should the process be killed between the two renames, beside it as `.name.*.old`.
     Its tokenizer files are kept. Beside the model, memory holds one shard at most.
@@ -118,11 +125,11 @@ def save(
     Raises: ValueError if the folder holds other things; OSError if it cannot be written or the disk is too small.
     """
     file_dtype = _dtype(dtype, _name(model.dtype), DTYPES)
-    outputs = [
-        Output(name, tensor.dtype if dtype == "auto" else _held(name, file_dtype), tensor.shape, tensor.detach)
+    tensors = {
+        name: Output(name, tensor.dtype if dtype == "auto" else _held(name, file_dtype), tensor.shape, tensor.detach)
         for name, tensor in _planned(model).items()
-    ]
-    _write(path, replace(model.config, dtype=_name(file_dtype)), outputs, shard_bytes)
+    }
+    _write(path, replace(model.config, dtype=_name(file_dtype)), _joined(model.config, tensors), shard_bytes)
 
 
 def convert(
@@ -137,20 +144,25 @@ def convert(
     dtype: as for `save`; "auto" keeps every tensor as stored. Memory holds one shard at a time, never the model.
     Raises: as `load` and `save`.
     """
-    path = locate(source)
+    path = locate(source, weights=False)
     config = _config(path)
+    path = locate(source, pickled=config.family[1].pickle)
+    stored = _match(config, path)
+    config = _with_stored_dtype(config, path, stored)
     file_dtype = _dtype(dtype, config.dtype, DTYPES)
-    outputs = [
-        Output(name, FLOATS[tensor.dtype] if dtype == "auto" else _held(name, file_dtype), tensor.shape, tensor.read)
-        for name, tensor in _match(config, path).items()
-    ]
-    _write(target, replace(config, dtype=_name(file_dtype)), outputs, shard_bytes, _companions(_folder(path)))
+    tensors = {}
+    for name, tensor in stored.items():
+        kept = FLOATS[tensor.dtype] if dtype == "auto" else _held(name, file_dtype)
+        tensors[name] = Output(name, kept, tensor.shape, tensor.read)
+    config = replace(config, dtype=_name(file_dtype))
+    _write(target, config, _joined(config, tensors), shard_bytes, _companions(_folder(path)))
 
 
-def locate(path_or_repo_id: str | os.PathLike, weights: bool = True) -> Path:
+def locate(path_or_repo_id: str | os.PathLike, weights: bool = True, pickled: str | None = None) -> Path:
     """Where a checkpoint is on this machine: the given folder or file, or the folder that an id is downloaded to.
 
-    weights=False downloads config and tokenizer alone. A folder here goes before an id of the same name.
+    weights=False downloads config and tokenizer alone; `pickled` names a file to take where there is no safetensors.
+    A folder here goes before an id of the same name.
     Raises: ValueError if there is neither; ConnectionError if the download fails.
     """
     path = Path(path_or_repo_id).expanduser()
@@ -164,7 +176,10 @@ def locate(path_or_repo_id: str | os.PathLike, weights: bool = True) -> Path:
     is_id = isinstance(path_or_repo_id, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_repo_id)
     if not is_id or path.suffix == ".safetensors":
         raise ValueError(f"{path} does not exist: give the folder of a checkpoint, or a Hub id of the form owner/name")
-    return _download(path_or_repo_id, [CONFIG, INDEX, *COMPANIONS, *(WEIGHTS if weights else ())])
+    folder = _download(path_or_repo_id, [CONFIG, INDEX, *COMPANIONS, *(WEIGHTS if weights else ())])
+    if weights and pickled and not _matching(folder, WEIGHTS):
+        folder = _download(path_or_repo_id, [pickled])
+    return folder
 
 
 def _download(repo_id: str, patterns: list[str]) -> Path:
@@ -191,19 +206,13 @@ def _download(repo_id: str, patterns: list[str]) -> Path:
 
 
 def _tensors(model: Jamba) -> dict[str, Tensor]:
-    """The model's memory by released names: parameters, and each expert's share of the stacked ones. No tied head."""
+    """The model's memory by the names of `weights`: parameters, each expert's share of stacked ones. No tied head."""
     found = {}
     for ours, parameter in model.named_parameters():
-        name = _rename(ours, RELEASED)
+        name = rename(ours, STACKED)
         shares = [parameter.detach()] if name == ours else parameter.detach()
         found |= {name.format(e=e): share for e, share in enumerate(shares)}
     return found
-
-
-def _rename(name: str, table: dict[str, str]) -> str:
-    for part, other in table.items():
-        name = name.replace(part, other)
-    return name
 
 
 class _NoDraws(TorchFunctionMode):
@@ -236,52 +245,78 @@ def _held(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 class Stored(NamedTuple):
-    """A tensor in a file, as the file's header describes it."""
+    """A tensor in a file, or some of its rows, as the file's header describes it."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    rows: slice | None = None
+    mapped: Tensor | None = None  # of a pickle, whose pages are read when they are needed
 
     def read(self) -> Tensor:
         from safetensors import safe_open
 
+        if self.mapped is not None:
+            return self.mapped if self.rows is None else self.mapped[self.rows]
         # Opened anew for each tensor: an open file keeps all pages that were read from it in memory.
         with safe_open(self.file, framework="pt") as file:
-            return file.get_tensor(self.name)
+            return file.get_tensor(self.name) if self.rows is None else file.get_slice(self.name)[self.rows]
 
 
 def _match(config: JambaConfig, path: Path) -> dict[str, Stored]:
-    """The stored tensors by their released names; ValueError unless they are exactly what the config describes."""
-    stored = _read_headers(path)
-    shapes = {weight.name: weight.shape for weight in weights(config)}
-    found = {name: stored.get(name) or stored.get(_rename(name, FIRST_RELEASE)) for name in shapes}
+    """Our name -> where it is stored; ValueError unless the file holds exactly what the config describes."""
+    family, layout = config.family[1], released(config)
+    stored = _read_headers(path, family)
+    shapes = {name: _joined_shape([weight.shape for weight in parts]) for name, parts in layout.items()}
+    found = {name: stored.get(name) or stored.get(rename(name, family.older)) for name in shapes}
+    head, embedding = rename(HEAD, family.names), rename(EMBEDDING, family.names)
     _check_floats(stored)
     if missing := [name for name, tensor in found.items() if tensor is None]:
-        tie = ", set tie_word_embeddings to true if the head is the embedding" if HEAD in missing else ""
+        tie = ", set tie_word_embeddings to true if the head is the embedding" if head in missing else ""
         raise ValueError(
             f"{path}: no tensor {_listed(missing)}, which {CONFIG} asks for: download the checkpoint again{tie}, or "
             f"correct the schedule and num_experts in {CONFIG}"
         )
     extra = stored.keys() - {tensor.name for tensor in found.values()}
-    if config.tie_word_embeddings and HEAD in extra:
-        _check_tied(stored[HEAD], found[EMBEDDING])
-        extra.remove(HEAD)
+    if config.tie_word_embeddings and head in extra:
+        _check_tied(stored[head], found[embedding])
+        extra.remove(head)
     if extra:
         raise ValueError(
             f"{stored[min(extra)].file}: {_listed(sorted(extra))}, for which the model of {CONFIG} has no place: "
             f"correct {CONFIG} (num_hidden_layers, num_experts, the schedule, biases), or take it out of the file"
         )
     _check_shapes(found, shapes)
-    return found
+    return {name: share for stored_name, parts in layout.items() for name, share in _shares(found[stored_name], parts)}
+
+
+def _shares(stored: Stored, parts: list) -> Iterator[tuple[str, Stored]]:
+    """Each of our tensors that a stored one holds, row after row."""
+    first = 0
+    for part in parts:
+        rows = None if len(parts) == 1 else slice(first, first + part.shape[0])
+        yield part.name, stored._replace(shape=part.shape, rows=rows)
+        first += part.shape[0]
+
+
+def _joined_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _with_stored_dtype(config: JambaConfig, path: Path, stored: dict[str, Stored]) -> JambaConfig:
+    """The config with the dtype of the stored embedding where config.json says none."""
+    said = json.loads((_folder(path) / CONFIG).read_text(encoding="utf-8"))
+    name = _name(FLOATS[stored[EMBEDDING].dtype])
+    return config if said.get("dtype") or said.get("torch_dtype") or name not in DTYPES else replace(config, dtype=name)
 
 
 def _check_floats(stored: dict[str, Stored]) -> None:
-    for file, name, _, dtype in stored.values():
-        if dtype not in FLOATS:
+    for tensor in stored.values():
+        if tensor.dtype not in FLOATS:
             raise ValueError(
-                f"{file}: {name} is {dtype}, but only {', '.join(FLOATS)} are read: give the checkpoint that was not "
-                f"quantized"
+                f"{tensor.file}: {tensor.name} is {tensor.dtype}, but only {', '.join(FLOATS)} are read: give the "
+                f"checkpoint that was not quantized"
             )
 
 
@@ -314,10 +349,11 @@ def _config(path: Path) -> JambaConfig:
     return JambaConfig.from_json(_folder(path) / CONFIG)
 
 
-def _read_headers(path: Path) -> dict[str, Stored]:
+def _read_headers(path: Path, family: Family) -> dict[str, Stored]:
     """Every tensor of a checkpoint by its stored name; the tensors themselves stay on disk."""
     if path.is_file():
-        return _read_header(path)
+        pickled = family.pickle and any(fnmatch(path.name, pattern) for pattern in PICKLES)
+        return _read_pickle(path) if pickled else _read_header(path)
     single, index = path / SINGLE, path / INDEX
     if single.exists() and index.exists():
         raise ValueError(f"{path} holds both {SINGLE} and {INDEX}, which may differ: remove the outdated one")
@@ -325,6 +361,8 @@ def _read_headers(path: Path) -> dict[str, Stored]:
         return _read_shards(index)
     if single.exists():
         return _read_header(single)
+    if family.pickle and (path / family.pickle).is_file():
+        return _read_pickle(path / family.pickle)
     if pickles := _matching(path, PICKLES):
         raise ValueError(f"{pickles[0]} {NO_PICKLE}")
     raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}: download them, or give another .safetensors file")
@@ -372,6 +410,31 @@ def _read_header(file: Path) -> dict[str, Stored]:
         raise ValueError(f"{file} {_whats_wrong(file, error)}") from None
 
 
+def _read_pickle(file: Path) -> dict[str, Stored]:
+    """The tensors of a pickle by name. It may build tensors, and nothing else."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file} {NO_TENSORS}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file} is cut off or no file of torch.save ({reason}): download or copy it again") from None
+    if isinstance(content, dict) and content.keys() == {"model"}:
+        content = content["model"]
+    plain = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        for name, tensor in content.items()
+    )
+    if not plain:
+        raise ValueError(f"{file} {NO_TENSORS}")
+    dtypes = {dtype: name for name, dtype in FLOATS.items()}
+    found = {}
+    for name, tensor in content.items():
+        dtype = dtypes.get(tensor.dtype, _name(tensor.dtype))
+        found[name] = Stored(file, name, tuple(tensor.shape), dtype, mapped=tensor.detach())
+    return found
+
+
 def _whats_wrong(file: Path, error: Exception) -> str:
     """Why a file is refused. Layout of safetensors: 8 bytes with the header's length, a JSON header, the tensors."""
     again = "download or copy it again"
@@ -412,8 +475,19 @@ class Output(NamedTuple):
         return self.read().to("cpu", self.dtype).contiguous()
 
 
+def _joined(config: JambaConfig, tensors: dict[str, Output]) -> list[Output]:
+    """What is written under the names of the config's family, which may hold several of our tensors in one."""
+
+    def join(name: str, parts: list[Output]) -> Output:
+        dtype, shape = parts[0].dtype, _joined_shape([part.shape for part in parts])
+        return Output(name, dtype, shape, lambda: torch.cat([part.tensor() for part in parts]))
+
+    layout = {name: [tensors[weight.name] for weight in parts] for name, parts in released(config).items()}
+    return [parts[0]._replace(name=name) if len(parts) == 1 else join(name, parts) for name, parts in layout.items()]
+
+
 def _planned(model: Jamba) -> dict[str, Tensor]:
-    """`_tensors` in the order of the released layout; ValueError unless they are what the config describes."""
+    """`_tensors` in the order of `weights`; ValueError unless they are what the config describes."""
     tensors, shapes = _tensors(model), {weight.name: weight.shape for weight in weights(model.config)}
     own = {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
     if different := sorted({name for name, _ in own ^ shapes.items()}):

@@ -74,6 +74,7 @@ def build_parser():
 
     verb = _verb(verbs, budget, "parameters, bytes and FLOPs of a model, before allocating any")
     verb.add_argument("config", nargs="?", default="jamba-v0.1", help="preset, config.json or its folder (jamba-v0.1)")
+    verb.add_argument("--compare", action="store_true", help="a table of all families instead, at --context 262144")
     verb.add_argument("--context", type=int, help="tokens (the config's longest)")
     verb.add_argument("--batch", type=int, default=1, help="sequences (1)")
     verb.add_argument("--quantize", choices=("int8", "int4"), help="weights of the experts")
@@ -328,6 +329,10 @@ def bench(options):
 def budget(options):
     import minijamba as mj
 
+    if options.compare:
+        from .budget import compare
+
+        return print(compare(context=options.context or 262144))
     table = mj.budget(_config(options.config), options.context, options.batch, options.quantize)
     print(table)
     if options.memory is not None:

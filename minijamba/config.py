@@ -1,36 +1,37 @@
-"""The configuration of a Jamba: sizes, schedule of layers, presets, and config.json in and out.
+"""The configuration of a model: sizes, schedule of layers, presets, and config.json in and out.
 
-Field names are those of the released config.json files; the comment beside each gives the paper's letter.
+Field names are those of Jamba's released config.json; the comment beside each gives the paper's letter. Mamba,
+BlackMamba, Mixtral, Mistral and Llama are configurations too (`families` translates their config.json).
 Source: Jamba (arXiv 2403.19887), sections 2 and 3.1; released config.json files.
 """
 
 import json
 import math
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
-ARCHITECTURE = "JambaForCausalLM"
-MODEL_TYPE = "jamba"
+from .families import FAMILIES, Family, read_config, write_config
+
 DTYPES = ("float32", "bfloat16", "float16")
-
-# Other names under which a config.json may hold one of our fields.
-ALIASES = {"torch_dtype": "dtype", "n_ctx": "max_position_embeddings", "num_local_experts": "num_experts"}
-
-# Fields that we do not keep, because any other value would be a different model.
-ONLY_VALUE = {"sliding_window": None, "mamba_inner_layernorms": True}
+ACTIVATIONS = ("silu", "gelu")
+ROUTINGS = ("softmax", "sinkhorn")
+FINAL_NORMS = ("rms", "layer")
+# The two characters of a layer in a schedule.
+MIXERS = {"m": "mamba", "A": "attention", "-": None}
+FEED_FORWARDS = {"+": "mlp", "E": "moe", "-": None}
 
 
 class Layer(NamedTuple):
-    """One layer: a mixer, then a feed-forward part, each behind its own norm and residual."""
+    """One layer: a mixer, then a feed-forward part, each behind its own norm and residual; one may be absent."""
 
-    mixer: str  # "mamba" or "attention"
-    feed_forward: str  # "mlp" or "moe"
+    mixer: str | None  # "mamba" or "attention"
+    feed_forward: str | None  # "mlp" or "moe"
 
 
 @dataclass(frozen=True)
 class JambaConfig:
-    """Sizes and schedule of a Jamba; the defaults are Jamba-v0.1.
+    """Sizes, schedule and features of a model; the defaults are Jamba-v0.1.
 
         layer i holds attention  iff  i mod attn_layer_period == attn_layer_offset, else Mamba
         layer i holds experts    iff  i mod expert_layer_period == expert_layer_offset and num_experts > 1, else an MLP
@@ -42,6 +43,9 @@ class JambaConfig:
         expert_layer_period=1, expert_layer_offset=0  "mE mE AE mE"  experts everywhere
         attn_layer_period=5, attn_layer_offset=4      "m+ mE m+ mE"  no attention: it would come with a fifth layer
         attn_layer_period=1, attn_layer_offset=0      "A+ AE A+ AE"  attention everywhere
+
+    `pattern` says any schedule, layer by layer and repeated to the last: "m+ mE A+" or, with a layer that has one part
+    only, "m- -E", which is BlackMamba. Then the four period and offset fields mean nothing.
 
     mamba_dt_rank="auto" is resolved at once: `dataclasses.replace` with a new hidden_size keeps the old rank,
     `preset(name, hidden_size=...)` does not.
@@ -78,24 +82,41 @@ class JambaConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = 0
     dtype: str = "bfloat16"  # of the weights on disk
+    # What Jamba does without, and other families have.
+    pattern: str | None = None  # the layers as text, as in `schedule`
+    head_width: int | None = None  # p, width of an attention head; None = d / h
+    attention_bias: bool = False  # in all four projections
+    rope_theta: float | None = None  # base of the rotary positions; None = no positions
+    sliding_window: int | None = None  # tokens that attention looks back, itself included; None = all
+    mamba_inner_layernorms: bool = True  # of delta, B and C
+    mlp_bias: bool = False  # in the three projections, also the experts'
+    routing: str = "softmax"  # "sinkhorn": sigmoid gates, and in training a choice that is even over all tokens
+    norm_topk_prob: bool = False  # the K router weights are divided by their sum
+    router_bias: bool = False
+    final_norm: str = "rms"  # "layer": a LayerNorm with bias
+    head_bias: bool = False
+    residual_in_fp32: bool = False  # the residual stream, also in a model of half precision
+    model_type: str | None = field(default=None, compare=False)  # layout to save in; None = the first that can say it
 
     def __post_init__(self):
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        for field in fields(self):
-            _check_value(field, getattr(self, field.name))
+        for entry in fields(self):
+            _check_value(entry, getattr(self, entry.name))
         if self.mamba_dt_rank == "auto":
             object.__setattr__(self, "mamba_dt_rank", math.ceil(self.hidden_size / 16))
         _check_dt_rank(self.mamba_dt_rank)
         _check_choices(self)
-        _check_heads(self)
         _check_schedule(self)
+        _check_pattern(self)
+        _check_heads(self)
         _check_tokens(self)
+        _check_family(self)
 
     @property
     def head_dim(self) -> int:
         """p, width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.head_width or self.hidden_size // self.num_attention_heads
 
     @property
     def d_inner(self) -> int:
@@ -108,16 +129,25 @@ class JambaConfig:
         return tuple(self._layer(i) for i in range(self.num_hidden_layers))
 
     def _layer(self, i: int) -> Layer:
+        if self.pattern:
+            codes = self.pattern.split()
+            mixer, feed_forward = codes[i % len(codes)]
+            return Layer(MIXERS[mixer], FEED_FORWARDS[feed_forward])
         attends = i % self.attn_layer_period == self.attn_layer_offset
         routes = self.num_experts > 1 and i % self.expert_layer_period == self.expert_layer_offset
         return Layer("attention" if attends else "mamba", "moe" if routes else "mlp")
 
     @property
     def schedule(self) -> str:
-        """The layers as text, "m+ mE m+ mE A+ mE ...": m Mamba, A attention; + MLP, E mixture of experts."""
-        mixer = {"mamba": "m", "attention": "A"}
-        feed_forward = {"mlp": "+", "moe": "E"}
-        return " ".join(mixer[layer.mixer] + feed_forward[layer.feed_forward] for layer in self.layers)
+        """The layers as text, "m+ mE m+ mE A+ mE ...": m Mamba, A attention; + MLP, E mixture of experts; - nothing."""
+        mixers, feed_forwards = ({part: code for code, part in codes.items()} for codes in (MIXERS, FEED_FORWARDS))
+        return " ".join(mixers[layer.mixer] + feed_forwards[layer.feed_forward] for layer in self.layers)
+
+    @property
+    def family(self) -> tuple[str, Family]:
+        """Name and layout of the family in whose files the model is saved."""
+        name = self.model_type or next(name for name, family in FAMILIES.items() if family.why_not(self) is None)
+        return name, FAMILIES[name]
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -128,21 +158,14 @@ class JambaConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "JambaConfig":
-        """The config that a released config.json's content describes.
+        """The config that a released config.json's content describes, of any family in `families.FAMILIES`.
 
-        Unknown fields are ignored, absent ones take the defaults (Jamba-v0.1's, as in transformers); names of the
-        first release (n_ctx) and of other writers (torch_dtype, num_local_experts) are understood.
+        Unknown fields are ignored, absent ones take the family's defaults, as in transformers; names of first releases
+        (n_ctx) and of other writers (torch_dtype, num_local_experts) are understood.
 
-        Raises: ValueError for another architecture, a setting that Jamba does not have, or a contradiction.
+        Raises: ValueError for another architecture, a setting that is not built here, or a contradiction.
         """
-        _check_architecture(values)
-        for name, only in ONLY_VALUE.items():
-            if values.get(name, only) != only:
-                raise ValueError(
-                    f"{name} is {values[name]!r}, but every Jamba has {json.dumps(only)}: this is another model, "
-                    f"and ignoring the field would give wrong logits"
-                )
-        config = cls(**_known_fields(values))
+        config = cls(**read_config(values))
         if values.get("head_dim") not in (None, config.head_dim):
             raise ValueError(
                 f"head_dim is {values['head_dim']!r}, but hidden_size {config.hidden_size} over num_attention_heads "
@@ -173,59 +196,28 @@ class JambaConfig:
             raise ValueError(f"{file}: {error}") from None
 
     def to_dict(self) -> dict:
-        """The content of a config.json that transformers' AutoConfig reads with the same meaning."""
-        values = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, **asdict(self)}
-        # Every release of transformers reads torch_dtype; only the later ones read dtype.
-        values["torch_dtype"] = values.pop("dtype")
-        if isinstance(self.eos_token_id, tuple):
-            values["eos_token_id"] = list(self.eos_token_id)
-        return values
+        """The content of a config.json, which transformers' AutoConfig reads with the same meaning.
+
+        Except for BlackMamba, which transformers does not have, and models that only `family` "minijamba" can hold.
+        """
+        return write_config(self)
 
 
-def _known_fields(values: dict) -> dict:
-    """The entries of `values` that are fields, under our names; null key/value heads are as many as query heads."""
-    names = {field.name for field in fields(JambaConfig)}
-    known = {}
-    for given, value in values.items():
-        name = ALIASES.get(given, given)
-        if name not in names or (value is None and name == "dtype"):
-            continue
-        if name in known and known[name] != value:
-            raise ValueError(f"{given} is {value!r}, but {name} is {known[name]!r}: two names of one field, remove one")
-        known[name] = value
-    if known.get("num_key_value_heads", 0) is None:
-        known["num_key_value_heads"] = known.get("num_attention_heads", JambaConfig.num_attention_heads)
-    return known
-
-
-def _check_architecture(values: dict) -> None:
-    model_type = values.get("model_type")
-    architectures = values.get("architectures") or []
-    if model_type is None and not architectures:
-        raise ValueError(
-            f"model_type and architectures are absent, so nothing says that this is a Jamba: "
-            f'if it is one, add "model_type": "{MODEL_TYPE}"'
-        )
-    if model_type not in (None, MODEL_TYPE):
-        raise ValueError(f"model_type is {model_type!r}, but only {MODEL_TYPE!r} is built here: give a Jamba's config")
-    if architectures and ARCHITECTURE not in architectures:
-        raise ValueError(
-            f"architectures is {architectures!r}, but only {ARCHITECTURE} is built here: give a checkpoint with a "
-            f"language-model head"
-        )
-
-
-def _check_value(field: Field, value) -> None:
+def _check_value(entry: Field, value) -> None:
     """Type and range of one field by its annotation: sizes from 1, offsets from 0."""
-    name = field.name
-    if field.type is int:
+    name = entry.name
+    if value is None and str(entry.type).endswith("| None"):
+        return
+    if entry.type is int or name in ("head_width", "sliding_window"):
         least = 0 if name.endswith("_offset") else 1
         if type(value) is not int or value < least:
             raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
-    if field.type is bool and type(value) is not bool:
+    if entry.type is bool and type(value) is not bool:
         raise ValueError(f"{name} is {value!r}, but must be true or false")
-    if field.type is float and (type(value) not in (int, float) or not 0 <= value < math.inf):
-        raise ValueError(f"{name} is {value!r}, but must be a number of at least 0, such as {field.default}")
+    if entry.type is float and (type(value) not in (int, float) or not 0 <= value < math.inf):
+        raise ValueError(f"{name} is {value!r}, but must be a number of at least 0, such as {entry.default}")
+    if name == "rope_theta" and (type(value) not in (int, float) or not 1 < value < math.inf):
+        raise ValueError(f"rope_theta is {value!r}, but must be a number above 1, as 10000, or null for no positions")
 
 
 def _check_dt_rank(rank) -> None:
@@ -234,18 +226,22 @@ def _check_dt_rank(rank) -> None:
 
 
 def _check_choices(config: JambaConfig) -> None:
-    if config.hidden_act != "silu":
-        raise ValueError(f'hidden_act is {config.hidden_act!r}, but every Jamba uses "silu": set hidden_act to "silu"')
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype is {config.dtype!r}, but must be one of {', '.join(DTYPES)}")
+    choices = {"hidden_act": ACTIVATIONS, "dtype": DTYPES, "routing": ROUTINGS, "final_norm": FINAL_NORMS}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, but must be one of {', '.join(allowed)}")
 
 
 def _check_heads(config: JambaConfig) -> None:
+    if all(layer.mixer != "attention" for layer in config.layers):
+        return
     d, h, g = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    if d % h:
+    if config.head_width is None and d % h:
         raise ValueError(f"hidden_size {d} is not a multiple of num_attention_heads {h}: change one of them")
     if h % g:
         raise ValueError(f"num_attention_heads {h} is not a multiple of num_key_value_heads {g}: change one of them")
+    if config.rope_theta is not None and config.head_dim % 2:
+        raise ValueError(f"heads are {config.head_dim} wide, but rotary positions turn pairs: give an even width")
 
 
 def _check_schedule(config: JambaConfig) -> None:
@@ -261,6 +257,27 @@ def _check_schedule(config: JambaConfig) -> None:
         raise ValueError(f"num_experts_per_tok {k} is above num_experts {e}: a token can use at most every expert")
 
 
+def _check_pattern(config: JambaConfig) -> None:
+    pattern = config.pattern
+    if pattern is None:
+        return
+    codes = pattern.split() if isinstance(pattern, str) else []
+    wrong = [c for c in codes if len(c) != 2 or c[0] not in MIXERS or c[1] not in FEED_FORWARDS or c == "--"]
+    if wrong or not codes:
+        raise ValueError(
+            f"pattern is {pattern!r}, but must be layers such as 'm+ mE A+ -E': m Mamba, A attention, - no mixer; "
+            f"+ MLP, E experts, - no feed-forward"
+        )
+    if len(codes) > config.num_hidden_layers:
+        raise ValueError(
+            f"pattern has {len(codes)} layers, but num_hidden_layers is {config.num_hidden_layers}: change one of them"
+        )
+    if all(code[0] == "-" for code in codes):
+        raise ValueError(f"pattern {pattern!r} has no mixer, so no token would see another: give a layer one")
+    if config.num_experts == 1 and any(code[1] == "E" for code in codes):
+        raise ValueError(f"pattern {pattern!r} has layers with experts, but num_experts is 1: give more, or write +")
+
+
 def _check_tokens(config: JambaConfig) -> None:
     ids = [("bos_token_id", config.bos_token_id), ("pad_token_id", config.pad_token_id)]
     ids += [("eos_token_id", token) for token in config.stop_tokens]
@@ -272,7 +289,36 @@ def _check_tokens(config: JambaConfig) -> None:
             )
 
 
-# Differences to the defaults. Released checkpoints first, then sizes to train here.
+def _check_family(config: JambaConfig) -> None:
+    name = config.model_type
+    if name is None:
+        return
+    if name not in FAMILIES:
+        raise ValueError(f"model_type is {name!r}, but must be one of {', '.join(FAMILIES)}, or null")
+    if reason := FAMILIES[name].why_not(config):
+        raise ValueError(
+            f"model_type is {name!r}, but a model of that family {reason}: change one of them, or give no model_type"
+        )
+
+
+def _mamba(layers: int, width: int) -> dict:
+    return {**FAMILIES["mamba"].start, **FAMILIES["mamba"].same, "num_hidden_layers": layers, "hidden_size": width}
+
+
+def _blackmamba(layers: int, width: int, inner: int) -> dict:
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner, "num_experts": 8}
+    return {
+        **FAMILIES["blackmamba"].start, **FAMILIES["blackmamba"].same, **sizes, "vocab_size": 50304,
+        "pattern": "m- -E", "routing": "sinkhorn",
+    }  # fmt: skip
+
+
+def _transformer(family: str, **sizes) -> dict:
+    return {**FAMILIES[family].start, **FAMILIES[family].same, "model_type": family, **sizes}
+
+
+# Differences to the defaults. Released checkpoints first, Jamba's and then those that the papers compare with; sizes to
+# train here last.
 PRESETS = {
     "jamba-v0.1": {},
     "jamba-1.5-mini": {"eos_token_id": (2, 518)},
@@ -313,6 +359,25 @@ PRESETS = {
         "attn_layer_offset": 2,
         "num_experts": 4,
     },
+    "mixtral-8x7b": _transformer("mixtral", router_aux_loss_coef=0.02, max_position_embeddings=32768),
+    "mistral-7b": _transformer("mistral", rms_norm_eps=1e-5, max_position_embeddings=32768),
+    "llama-2-7b": _transformer("llama", rms_norm_eps=1e-5, max_position_embeddings=4096),
+    "llama-2-13b": _transformer(
+        "llama", hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+        num_key_value_heads=40, rms_norm_eps=1e-5, max_position_embeddings=4096,
+    ),
+    "llama-2-70b": _transformer(
+        "llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=4096,
+    ),
+    "mamba-130m": _mamba(24, 768),
+    "mamba-370m": _mamba(48, 1024),
+    "mamba-790m": _mamba(48, 1536),
+    "mamba-1.4b": _mamba(48, 2048),
+    "mamba-2.8b": _mamba(64, 2560),
+    # The sizes of the smaller one fit its published counts; its config.json was not seen.
+    "blackmamba-1.5b": _blackmamba(30, 1152, 3072),
+    "blackmamba-2.8b": _blackmamba(36, 1472, 3872),
     # For tests: 163 thousand parameters, every kind of layer that Jamba-v0.1 has.
     "tiny": {
         "vocab_size": 128,

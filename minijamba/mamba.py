@@ -1,4 +1,4 @@
-"""The Mamba mixer with Jamba's inner norms: convolution, selective scan, gate. Full form and one-token step."""
+"""The Mamba mixer, with or without Jamba's inner norms: convolution, scan, gate. All tokens at once, or one."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class Mamba(nn.Module):
 
         x, z        = in_proj(x)                          two halves (b, t, c)
         x           = silu(conv(x))
-        delta, B, C = x_proj(x)                           (b, t, r), (b, t, n), (b, t, n), each through its own RMSNorm
+        delta, B, C = x_proj(x)                           (b, t, r), (b, t, n), (b, t, n), in Jamba each through a norm
         delta       = softplus(dt_proj(delta) + bias)     (b, t, c), a step length, > 0
         y           = scan(x, delta, A, B, C, D) silu(z)  A = -exp(A_log) < 0
         output      = out_proj(y)
@@ -38,9 +38,11 @@ class Mamba(nn.Module):
         self.in_proj = nn.Linear(width, 2 * inner, bias=config.mamba_proj_bias)
         self.conv1d = nn.Conv1d(inner, inner, config.mamba_d_conv, groups=inner, bias=config.mamba_conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
-        self.dt_layernorm = RMSNorm(rank, config.rms_norm_eps)
-        self.b_layernorm = RMSNorm(states, config.rms_norm_eps)
-        self.c_layernorm = RMSNorm(states, config.rms_norm_eps)
+        self.sizes = rank, states, states
+        if config.mamba_inner_layernorms:
+            self.dt_layernorm = RMSNorm(rank, config.rms_norm_eps)
+            self.b_layernorm = RMSNorm(states, config.rms_norm_eps)
+            self.c_layernorm = RMSNorm(states, config.rms_norm_eps)
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
@@ -51,6 +53,11 @@ class Mamba(nn.Module):
     def A(self) -> Tensor:
         """(c, n) decay rates, < 0."""
         return -self.A_log.exp()
+
+    @property
+    def norms(self) -> tuple[RMSNorm, ...]:
+        """Of delta, B and C; empty where there are none."""
+        return (self.dt_layernorm, self.b_layernorm, self.c_layernorm) if hasattr(self, "dt_layernorm") else ()
 
     def forward(self, x: Tensor, layout: Layout, cache: MambaState | None = None) -> Tensor:
         if cache is not None and x.shape[1] == 1 and layout.plain and not torch.is_grad_enabled():
@@ -84,9 +91,12 @@ class Mamba(nn.Module):
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What makes the scan selective: x (b, t, c) -> delta (b, t, c) before bias and softplus, B and C (b, t, n)."""
-        norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
-        norm = choose("scan", "auto", _rungs(x.device, _norms, _fused_norms), x.device)
-        delta, B, C = norm(self.x_proj(x), norms)
+        selected = self.x_proj(x)
+        if self.norms:
+            norm = choose("scan", "auto", _rungs(x.device, _norms, _fused_norms), x.device)
+            delta, B, C = norm(selected, self.norms)
+        else:
+            delta, B, C = selected.split(self.sizes, dim=-1)
         return F.linear(delta, self.dt_proj.weight), B, C
 
     def step(self, x: Tensor, cache: MambaState) -> Tensor:
@@ -136,9 +146,9 @@ def _fused_select_and_step(mamba: Mamba, x: Tensor, z: Tensor, state: Tensor) ->
     """The same in two launches: x_proj, then all the rest."""
     from .scan.fused_step import select_and_step
 
-    norms = (mamba.dt_layernorm, mamba.b_layernorm, mamba.c_layernorm)
+    weights, eps = [norm.weight for norm in mamba.norms], mamba.norms[0].eps if mamba.norms else 0.0
     return select_and_step(
-        state, x, z, mamba.x_proj(x), [norm.weight for norm in norms], norms[0].eps,
+        state, x, z, mamba.x_proj(x), weights, eps,
         mamba.dt_proj.weight, mamba.dt_proj.bias, mamba.A_log, mamba.D,
     )  # fmt: skip
 

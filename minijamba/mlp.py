@@ -1,4 +1,4 @@
-"""The dense feed-forward: SwiGLU."""
+"""The dense feed-forward: a gated linear unit, SwiGLU in all but BlackMamba, where it is GEGLU."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from .rungs import choose, why_no_kernels
 
 
 class MLP(nn.Module):
-    """y = down(silu(gate(x)) * up(x)).
+    """y = down(act(gate(x)) * up(x)),   act = silu, or gelu (by the normal distribution, not its tanh form).
 
     x, y: (..., d); the product inside: (..., f). Source: Shazeer, 2020; Jamba, section 2.
     """
@@ -19,24 +19,25 @@ class MLP(nn.Module):
     def __init__(self, config: JambaConfig) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.act = config.hidden_act
+        self.gate_proj = nn.Linear(width, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(width, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        swiglu = choose("mlp", "auto", rungs(x.device), x.device)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gated = choose("mlp", "auto", rungs(x.device), x.device)
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act))
 
 
 def rungs(device: torch.device) -> dict[str, Callable]:
     """The implementations that run on tensors of this device, slowest first, of what is between the products."""
-    implementations = {"naive": _swiglu, "parallel": _swiglu}
+    implementations = {"naive": _gated, "parallel": _gated}
     if why_no_kernels(device) is None:
-        from .fused_swiglu import swiglu
+        from .fused_glu import gated
 
-        implementations["fused"] = swiglu
+        implementations["fused"] = gated
     return implementations
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    return getattr(F, act)(gate) * up

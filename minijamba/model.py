@@ -1,4 +1,4 @@
-"""Jamba whole: embedding, the scheduled layers, a last norm and the language-model head."""
+"""The whole model: embedding, the scheduled layers, a last norm and the language-model head."""
 
 from dataclasses import dataclass, field
 
@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from .block import Block
 from .cache import Cache, Layout, layout_without_cache
 from .config import JambaConfig
+from .moe import Routing
 from .norm import RMSNorm
 
 
@@ -16,12 +17,20 @@ from .norm import RMSNorm
 class Trace:
     """What a call of the model passed through: hand in an empty one and read it afterwards.
 
-    hidden: (b, t, d) each: the embeddings, then the stream after every layer.
-    router: (b, t, e) each: the router's logits of every MoE layer.
+    hidden:  (b, t, d) each: the embeddings, then the stream after every layer.
+    router:  (b, t, e) each: the router's logits of every MoE layer.
+    experts: (b, t, k) int64 each: the experts chosen there; those of padding mean nothing.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     router: list[Tensor] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)
+
+    def add(self, h: Tensor, routing: Routing | None) -> None:
+        self.hidden.append(h)
+        if routing is not None:
+            self.router.append(routing.logits)
+            self.experts.append(routing.indices)
 
 
 class Backbone(nn.Module):
@@ -31,18 +40,19 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = {"rms": RMSNorm, "layer": nn.LayerNorm}[config.final_norm]
+        self.final_layernorm = norm(config.hidden_size, config.rms_norm_eps)
 
 
 class Jamba(nn.Module):
-    """A language model of attention, Mamba and mixture-of-experts layers.
+    """A language model of attention, Mamba and mixture-of-experts layers; which of them, its config says.
 
         model = mj.Jamba(mj.preset("tiny"))
         logits = model(tokens)                     # (b, t) -> (b, t, v)
 
-    Parameters bear the names of the released checkpoints; the experts of a layer are stacked. A new model is
-    initialised for training: weights normal, those that write to the residual stream scaled down by sqrt(2 layers),
-    and the Mamba recurrence by Mamba's own recipe.
+    Parameters bear the names of the released Jamba checkpoints; the experts of a layer are stacked. A new model is
+    initialised for training: weights normal, those that write to the residual stream scaled down by the root of
+    how many do, and the Mamba recurrence by Mamba's own recipe.
 
     With `model.recompute = True` the gradient keeps only what enters each layer and computes the layer a second time:
     less memory for more time, the same gradient.
@@ -53,7 +63,7 @@ class Jamba(nn.Module):
         self.config = config
         self.recompute = False
         self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         _initialise(self)
@@ -105,6 +115,7 @@ class Jamba(nn.Module):
         if trace is not None:
             trace.hidden += [_unsort(hidden, order, mask) for hidden in first.hidden]
             trace.router += [_unsort(router, order, mask) for router in first.router]
+            trace.experts += [_unsort(experts, order, mask) for experts in first.experts]
         return logits if last_only else _unsort(logits, order, mask)
 
     def _run(
@@ -118,25 +129,26 @@ class Jamba(nn.Module):
     ) -> Tensor:
         """`forward` with the real tokens first in every row."""
         if cache is None:
-            layout, states = layout_without_cache(real, segments), [None] * len(self.model.layers)
+            layout = layout_without_cache(tokens, real, segments, self.config.sliding_window)
+            states = [None] * len(self.model.layers)
         else:
             layout, states = cache.advance(tokens.shape[1], real, segments), cache.layers
         h = self.model.embed_tokens(tokens)
+        if self.config.residual_in_fp32:
+            h = h.to(torch.promote_types(h.dtype, torch.float32))
         if trace is not None:
-            trace.hidden.append(h)
+            trace.add(h, None)
         for block, state in zip(self.model.layers, states, strict=True):
-            h, router_logits = self._block(block, h, layout, state)
+            h, routing = self._block(block, h, layout, state)
             if trace is not None:
-                trace.hidden.append(h)
-                trace.router += [] if router_logits is None else [router_logits]
+                trace.add(h, routing)
         if cache is not None:
             cache.whole = True
         if last_only:
             h = h[:, -1:] if real is None else _last_real(h, real)
-        return self.lm_head(self.model.final_layernorm(h))
+        return self.lm_head(self.model.final_layernorm(h.to(self.dtype)))
 
-
-    def _block(self, block: Block, h: Tensor, layout: Layout, state) -> tuple[Tensor, Tensor | None]:
+    def _block(self, block: Block, h: Tensor, layout: Layout, state) -> tuple[Tensor, Routing | None]:
         if not (self.recompute and torch.is_grad_enabled()):
             return block(h, layout, state)
         # Nothing in a layer is random, so there is no random state to bring back.
@@ -194,7 +206,8 @@ _OWN = ("A_log", "conv1d", "dt_proj")
 @torch.no_grad()
 def _initialise(model: Jamba) -> None:
     std = model.config.initializer_range
-    scaled = std / (2 * model.config.num_hidden_layers) ** 0.5
+    parts = sum(part is not None for layer in model.config.layers for part in layer)
+    scaled = std / parts**0.5
     for name, parameter in model.named_parameters():
         if any(part in name for part in _OWN):
             continue

@@ -11,8 +11,9 @@ from .rungs import choose, why_no_kernels
 class RMSNorm(nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps), over the last axis.
 
-    x: (..., size), any scale. The mean is taken in float32; y has the dtype of x. Under torch.autocast the kernels give
-    y its dtype: what follows a norm are matrix products, which would cast y anyway, after it was written in full.
+    x: (..., size), any scale. The mean is taken in float32; y has the dtype of x, or the weight's where the stream is
+    wider than the model. Under torch.autocast the kernels give y its dtype: what follows a norm are matrix products,
+    which would cast y anyway, after it was written in full.
     Source: Jamba, section 6.4, for its place inside the mixer; Zhang and Sennrich, 2019, for the norm.
     """
 
@@ -39,7 +40,11 @@ def _choose(plain: Callable, fused: Callable, device: torch.device) -> Callable:
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(_narrower(x, weight))
+
+
+def _narrower(x: Tensor, weight: Tensor) -> torch.dtype:
+    return weight.dtype if weight.itemsize < x.itemsize else x.dtype
 
 
 def _norm_of_sum(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -48,12 +53,18 @@ def _norm_of_sum(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 
 
 def _fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    from .fused_norm import product_dtype, rms_norms
+    from .fused_norm import rms_norms
 
-    return rms_norms(x, [weight], eps, product_dtype(x))[0]
+    return rms_norms(x, [weight], eps, _kernel_dtype(x, weight))[0]
 
 
 def _fused_norm_of_sum(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from .fused_norm import add_rms_norm, product_dtype
+    from .fused_norm import add_rms_norm
 
-    return add_rms_norm(x, y, weight, eps, product_dtype(x))
+    return add_rms_norm(x, y, weight, eps, _kernel_dtype(x, weight))
+
+
+def _kernel_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    from .fused_norm import product_dtype
+
+    return weight.dtype if weight.itemsize < x.itemsize else product_dtype(x)

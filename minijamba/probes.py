@@ -23,6 +23,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from .attention import Attention
+from .cache import Layout
 from .mamba import Mamba
 from .model import Jamba
 from .tasks import CODE_DIGITS, needle_in_text, repeated
@@ -51,7 +52,7 @@ def attention_weights(model: Jamba, tokens: Tensor, segments: Tensor | None = No
     def remember(i: int) -> Callable:
         def hook(mixer: Attention, inputs: tuple) -> None:
             x, layout = inputs[:2]
-            found[i] = _weights(mixer, x, layout.visible)
+            found[i] = _weights(mixer, x, layout)
 
         return hook
 
@@ -62,15 +63,13 @@ def attention_weights(model: Jamba, tokens: Tensor, segments: Tensor | None = No
     return found
 
 
-def _weights(mixer: Attention, x: Tensor, visible: Tensor | None) -> Tensor:
-    """What a layer makes of its input x (b, t, d): weights (b, h, t, s); visible as in `attention.attention`."""
+def _weights(mixer: Attention, x: Tensor, layout: Layout) -> Tensor:
+    """What a layer makes of its input x (b, t, d): weights (b, h, t, s)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    q, k = (
-        rearrange(project(x).to(wide), "b t (h p) -> b t h p", p=mixer.head_dim)
-        for project in (mixer.q_proj, mixer.k_proj)
-    )
+    q, k = (heads.to(wide) for heads in mixer.heads(x, layout)[:2])
     k = repeat(k, "b s g p -> b s (g n) p", n=q.shape[2] // k.shape[2])
     scores = torch.einsum("b t h p, b s h p -> b h t s", q, k) / mixer.head_dim**0.5
+    visible = layout.visible
     if visible is None:
         visible = torch.ones(1, *scores.shape[2:], dtype=torch.bool, device=x.device).tril()
     return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)

@@ -241,7 +241,7 @@ class Run:
         """How busy each expert of each layer is on a validation batch; 1 = an even share."""
         trace, batch = Trace(), self.validation[0].to(self.model.device)
         losses(self.model, batch, trace)
-        return expert_load(trace.router, self.model.config.num_experts_per_tok).tolist() if trace.router else []
+        return expert_load(trace.experts, self.model.config.num_experts).tolist() if trace.experts else []
 
     def _sample(self) -> str:
         prompt = self.recipe.log.prompt

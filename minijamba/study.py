@@ -12,15 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from types import MethodType
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from .bench.records import record
 from .budget import budget
-from .cache import MambaState
 from .checkpoint import SHIPPED
 from .config import JambaConfig
 from .data import Batch, Corpus, Windows, prepare
@@ -28,7 +24,7 @@ from .mamba import Mamba
 from .model import Jamba
 from .probes import copying, induction_scores, needle_map, switched_off
 from .recipe import Recipe, TrainRecipe, load_recipe
-from .rungs import find_device, use_rung
+from .rungs import find_device
 from .tasks import accuracy, task_batch
 from .tokenizer import load_tokenizer
 from .train import Record, evaluate, repeatable
@@ -193,25 +189,6 @@ def balance(setting: Setting) -> Iterator[dict]:
             yield {"weight": weight, **trained(setting, model, seed, f"weight {weight}")}
 
 
-def without_inner_norms(model: Jamba) -> Jamba:
-    """Take the norms of delta, B and C out of every Mamba mixer, in place; their weights stay and are not trained."""
-
-    def select(mixer: Mamba, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sizes = [len(norm.weight) for norm in (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)]
-        delta, B, C = mixer.x_proj(x).split(sizes, dim=-1)
-        return F.linear(delta, mixer.dt_proj.weight), B, C
-
-    def step(mixer: Mamba, x: Tensor, cache: MambaState) -> Tensor:
-        with use_rung("parallel"):  # the fused step has the norms inside
-            return Mamba.step(mixer, x, cache)
-
-    for mixer in mixers(model):
-        mixer.select, mixer.step = MethodType(select, mixer), MethodType(step, mixer)
-        for norm in (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm):
-            norm.requires_grad_(False)
-    return model
-
-
 def mixers(model: Jamba) -> list[Mamba]:
     return [block.mixer for block in model.model.layers if isinstance(block.mixer, Mamba)]
 
@@ -246,8 +223,7 @@ def norms(setting: Setting) -> Iterator[dict]:
     batch = Batch(*(tensor[:4] for tensor in setting.validation()[0])).to(setting.device)
     for seed in range(setting.seeds):
         for inner in (True, False):
-            model = build(setting.config(), seed, setting.device)
-            model = model if inner else without_inner_norms(model)
+            model = build(replace(setting.config(), mamba_inner_layernorms=inner), seed, setting.device)
             sizes: list[dict] = []
 
             def look(step, model=model, sizes=sizes):

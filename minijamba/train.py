@@ -17,6 +17,8 @@ from .loss import cross_entropy
 from .model import Jamba, Trace
 from .moe import balance_loss, expert_load, waits_for_host
 
+PARTS = {"attention": "attention", "mamba": "mamba", "mlp": "MLP", "moe": "experts"}
+
 
 class Record(NamedTuple):
     """One step of a run."""
@@ -156,8 +158,7 @@ class Trainer:
         weight = self.model.config.router_aux_loss_coef / self.accumulate
         (loss + weight * balance).backward()
         with torch.no_grad():
-            chosen = self.model.config.num_experts_per_tok
-            load = expert_load(trace.router, chosen) if trace.router else loss.new_zeros(1)
+            load = expert_load(trace.experts, self.model.config.num_experts) if trace.experts else loss.new_zeros(1)
             sizes = [_root_mean_square(h) for h in trace.hidden]
             return torch.stack([loss.detach().float(), balance.detach().float(), load.max(), load.min(), *sizes])
 
@@ -251,7 +252,7 @@ class Watch:
 
     def __init__(self, model: Jamba, steps: int = 200) -> None:
         self.names = ["the embeddings"] + [
-            f"layer {i} ({layer.mixer}, {'experts' if layer.feed_forward == 'moe' else 'MLP'})"
+            f"layer {i} ({', '.join(PARTS[part] for part in layer if part)})"
             for i, layer in enumerate(model.config.layers)
         ]
         self.history: deque[Record] = deque(maxlen=steps)

@@ -11,11 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minijamba.attention import attention
 from minijamba.budget import (
+    COMPARED,
     available_memory,
     budget,
+    compare,
     flops_per_token,
     kv_bytes,
     kv_table,
+    mean_context,
     refuse_if_too_large,
     weights,
 )
@@ -95,8 +98,15 @@ VARIANTS = {
     "projection bias": {"mamba_proj_bias": True},
     "pure mamba": {"attn_layer_period": 9, "attn_layer_offset": 8},
     "pure attention": {"attn_layer_period": 1, "attn_layer_offset": 0},
+    "one part a layer": {"pattern": "m- -E A- -+"},
+    "wide heads": {"head_width": 12},
+    "every bias": {
+        "attention_bias": True, "mlp_bias": True, "router_bias": True, "head_bias": True, "final_norm": "layer",
+        "mamba_proj_bias": True,
+    },
+    "no inner norms": {"mamba_inner_layernorms": False},
     "odd sizes": {"hidden_size": 36, "intermediate_size": 47, "mamba_d_state": 5, "mamba_d_conv": 3},
-}
+}  # fmt: skip
 
 
 def meta_model(config):
@@ -112,8 +122,10 @@ def released_shapes(model):
             shapes[name] = tuple(weight.shape)
             continue
         prefix, projection = name.split(".experts.")
+        projection, kind = projection.split("_")
+        kind = {"proj": "weight", "bias": "bias"}[kind]
         for expert in range(len(weight)):
-            shapes[f"{prefix}.experts.{expert}.{projection}.weight"] = tuple(weight.shape[1:])
+            shapes[f"{prefix}.experts.{expert}.{projection}_proj.{kind}"] = tuple(weight.shape[1:])
     return shapes
 
 
@@ -212,12 +224,16 @@ def peak_bytes(run):
         ({"intermediate_size": 2048, "expert_layer_period": 1, "expert_layer_offset": 0}, 512, 512, 1),
         ({"intermediate_size": 2048, "num_experts": 1}, 512, 512, 1),
         ({"num_experts": 1, "attn_layer_period": 1, "attn_layer_offset": 0}, 2048, 512, 1),
+        ({"pattern": "A+", "rope_theta": 1e4, "sliding_window": 300}, 2048, 512, 1),
+        ({"pattern": "A+", "rope_theta": 1e4, "head_width": 48}, 1024, 512, 1),
+        ({"pattern": "m- -E", "mamba_inner_layernorms": False, "hidden_act": "gelu"}, 1024, 1024, 1),
+        ({"pattern": "m- -+", "residual_in_fp32": True, "dtype": "bfloat16"}, 1024, 1024, 1),
     ],
-    ids=["mamba", "batch", "moe", "mlp", "attention"],
+    ids=["mamba", "batch", "moe", "mlp", "attention", "rotary, window", "wide heads", "BlackMamba", "float32 stream"],
 )
 def test_activations_bound_what_a_prefill_allocates(changes, context, chunk, batch):
     config = preset("tour", **changes)
-    model = Jamba(config)
+    model = Jamba(config).to(getattr(torch, config.dtype))
     tokens = torch.randint(config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
@@ -225,7 +241,7 @@ def test_activations_bound_what_a_prefill_allocates(changes, context, chunk, bat
         for piece in tokens.split(chunk, dim=1):
             model(piece, cache=cache, last_only=True)
 
-    cache = Cache(config, batch, capacity=context)
+    cache = Cache(config, batch, capacity=context, dtype=model.dtype)
     measured = peak_bytes(lambda: prefill(cache))
 
     def check(bound):
@@ -277,7 +293,41 @@ def test_flops_worked_by_hand():
     assert flops_per_token(preset("tiny"), 10) == 7 * mamba + attention + 4 * mlp + 4 * moe + 2 * 128 * d
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_experts": 1}, {"tie_word_embeddings": True}], ids=str)
+def test_flops_of_a_window():
+    """A token sees no more than its window, and a sequence the mean over its tokens."""
+    config = preset("tiny", sliding_window=4, head_width=12)
+    free = dataclasses.replace(config, sliding_window=None)
+    assert flops_per_token(config, 9) == flops_per_token(free, 4) == flops_per_token(free, 0) + 4 * 4 * 4 * 12
+    plan = budget(config, context=9)
+    assert plan.flops_per_token == flops_per_token(free, 4)
+    exact = sum(flops_per_token(config, seen) for seen in range(1, 10)) / 9
+    assert math.isclose(plan.training_flops_per_token, 3 * exact, rel_tol=1e-12)
+    assert math.isclose(mean_context(config, 9), (1 + 2 + 3 + 6 * 4) / 9)
+
+
+def test_comparison_of_all_families():
+    """Table 1 of the Jamba paper, in its units: 52B and 12B, a cache of 4 GiB, where Mixtral has 32."""
+    lines = {line[:16].strip(): line[16:].split() for line in compare().splitlines()}
+
+    def check(rows):
+        assert rows["Jamba-v0.1"][1:5] == ["51,570,323,328", "12,110,311,296", "4.00", "GiB"]
+        assert rows["Mixtral-8x7B"][1:5] == ["46,702,792,704", "12,879,925,248", "32.00", "GiB"]
+        assert rows["Llama-2-7B"][3] == "128.00" and rows["BlackMamba-2.8B"][3] == "-"
+
+    check(lines)
+    assert_rejects(check, lines | {"Jamba-v0.1": lines["Mixtral-8x7B"]})
+    half = {line[:16].strip(): line[16:].split() for line in compare(context=131072).splitlines()}
+    assert half["Jamba-v0.1"][3] == "2.00" and list(half)[2:] == list(COMPARED)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"num_experts": 1}, {"tie_word_embeddings": True}, {"head_width": 12}, {"pattern": "m- -E A- -+"},
+        {"mlp_bias": True, "router_bias": True, "attention_bias": True, "head_bias": True, "final_norm": "layer"},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_matrix_products_against_torch(changes, monkeypatch):
     """torch's counter sees the products and the convolution of a run; scan and attention are checked apart."""
     monkeypatch.setattr("minijamba.mamba.selective_scan", lambda x, *_, state=None, **__: (x, state))

@@ -374,8 +374,8 @@ BAD_FILES = {
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json does not exist"]),
     "config is not JSON": (lambda f: cut(f / "config.json", 20), ["config.json", "not JSON"]),
     "another architecture": (
-        lambda f: edit(f / "config.json", lambda v: v.update(model_type="mixtral", architectures=["Mixtral"])),
-        ["config.json", "'mixtral'", "Jamba"],
+        lambda f: edit(f / "config.json", lambda v: v.update(model_type="zamba", architectures=["Zamba"])),
+        ["config.json", "'zamba'", "jamba"],
     ),
     "config against itself": (
         lambda f: edit(f / "config.json", lambda v: v.update(attn_layer_offset=9)),
@@ -731,8 +731,8 @@ def test_weights_are_not_downloaded_for_a_model_that_cannot_be_loaded(saved, hub
     with monkeypatch.context() as patch:
         patch.setattr(import_module("minijamba.budget"), "available_memory", lambda device: 1000)
         assert_names(refusal(mj.load, "owner/name"), ["owner/name in float32", "free"])
-    edit(saved / "config.json", lambda values: values.update(model_type="mamba"))
-    assert_names(refusal(mj.load, "owner/name"), ["config.json", "'mamba'"])
+    edit(saved / "config.json", lambda values: values.update(model_type="zamba"))
+    assert_names(refusal(mj.load, "owner/name"), ["config.json", "'zamba'"])
     assert downloads == [{"config.json", checkpoint.INDEX}] * 2
 
 

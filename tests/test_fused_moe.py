@@ -1,10 +1,13 @@
 """The mixture's kernels: on a GPU where there is one, otherwise in Triton's interpreter."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minijamba import fused_swiglu
+from minijamba import fused_glu
 from minijamba.moe import MoE, fused, mixture, route
 from minijamba.rungs import use_rung
 from minijamba.testing import assert_matches, assert_rejects
@@ -21,8 +24,8 @@ NAMES = ("x", "weights", "indices", "gate", "up", "down")
 def small_tiles(monkeypatch):
     """Many programs, and several steps along a row, for few rows of few numbers."""
     monkeypatch.setattr(fused, "TILE", 4)
-    monkeypatch.setattr(fused_swiglu, "TILE", 4)
-    monkeypatch.setattr(fused_swiglu, "COLUMNS", 2)
+    monkeypatch.setattr(fused_glu, "TILE", 4)
+    monkeypatch.setattr(fused_glu, "COLUMNS", 2)
 
 
 def arguments(tokens=9, k=2, experts=6, width=5, inner=7, dtype=torch.float64):
@@ -41,12 +44,12 @@ def arguments(tokens=9, k=2, experts=6, width=5, inner=7, dtype=torch.float64):
     }
 
 
-def naive(*args):
-    return mixture(*args, rung="naive")
+def naive(*args, **options):
+    return mixture(*args, rung="naive", **options)
 
 
-def kernel(*args):
-    return mixture(*args, rung="fused")
+def kernel(*args, **options):
+    return mixture(*args, rung="fused", **options)
 
 
 def results(mixture, arguments, dtype=None, view=lambda x: x):
@@ -68,6 +71,32 @@ def assert_equals_naive(arguments, dtype=torch.float64, mixture=kernel, **option
 @pytest.mark.parametrize("tokens, k, experts", [(1, 1, 1), (1, 2, 6), (9, 1, 6), (9, 6, 6), (40, 2, 16)])
 def test_equals_the_definition(tokens, k, experts):
     assert_equals_naive(arguments(tokens, k, experts))
+
+
+def test_gelu(small_tiles):
+    expected = results(partial(naive, act="gelu"), arguments(), torch.float64)
+
+    def check(mixture):
+        assert_matches(results(mixture, arguments(), torch.float64), expected, TOLERANCES[torch.float64], "mixture")
+
+    check(partial(kernel, act="gelu"))
+    assert_rejects(check, kernel, naive)
+
+
+def test_biases_run_on_the_grouped_rung_as_no_kernel_adds_them(hybrid, long_memory):
+    moe = long_memory(MoE(replace(hybrid, mlp_bias=True, hidden_act="gelu"))).double().to(DEVICE)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double().to(DEVICE)
+
+    def check(rung):
+        with use_rung(rung):
+            assert_matches(moe(x)[0], expected, TOLERANCES[torch.float64], "module")
+
+    with use_rung("naive"):
+        expected = moe(x)[0]
+    for rung in ("parallel", "fused"):
+        check(rung)
+    moe.experts.up_bias.data.zero_()
+    assert_rejects(check, "naive", "parallel", "fused")
 
 
 def test_many_tiles(small_tiles):
@@ -252,10 +281,11 @@ def test_compiles_into_one_graph(backend):
 
 def test_operators_keep_their_word():
     given = list(arguments(3, 2, 3).values())
-    torch.library.opcheck(torch.ops.minijamba.mixture.default, given)
     x, weights, _, *stacks = given
-    y, *saved = fused._mixture(*given)
-    torch.library.opcheck(torch.ops.minijamba.mixture_backward.default, (y, x, weights, *stacks, *saved))
+    for act in ("silu", "gelu"):
+        torch.library.opcheck(torch.ops.minijamba.mixture.default, (*given, act))
+        y, *saved = fused._mixture(*given, act)
+        torch.library.opcheck(torch.ops.minijamba.mixture_backward.default, (y, x, weights, *stacks, *saved, act))
 
 
 def test_module_runs_on_it(hybrid, long_memory):
@@ -265,8 +295,8 @@ def test_module_runs_on_it(hybrid, long_memory):
     def run(rung, x=x):
         moe.zero_grad()
         with use_rung(rung):
-            y, logits = moe(x)
-        (y.sin().sum() + logits.cos().sum()).backward()
+            y, routing = moe(x)
+        (y.sin().sum() + routing.logits.cos().sum()).backward()
         return {"y": y.detach()} | {name: parameter.grad.clone() for name, parameter in moe.named_parameters()}
 
     def check(x):

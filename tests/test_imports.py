@@ -11,8 +11,8 @@ from minijamba.testing import assert_rejects
 PACKAGE = Path(minijamba.__file__).parent
 # From the ground up; a module imports only from rows below its own. "minijamba" is the package's own __init__.
 LEVELS = [
-    "config testing plots rungs tokenizer ngram",
-    "fused_norm fused_swiglu fused_loss data",
+    "families testing plots rungs tokenizer ngram",
+    "config fused_norm fused_glu fused_loss data",
     "norm scan conv moe mlp loss cache budget tasks",
     "attention mamba",
     "block",

@@ -147,7 +147,8 @@ def test_module_routes_every_token_by_itself(rung, hybrid, long_memory):
     moe = long_memory(MoE(hybrid)).double()
     torch.manual_seed(0)
     x = torch.randn(2, 5, 16).double()
-    y, logits = moe(x)
+    y, (logits, indices) = moe(x)
+    assert_matches(indices, logits.topk(hybrid.num_experts_per_tok).indices, 0, "experts")
     assert_matches(logits, x @ moe.router.weight.T, FLOAT64, "router logits")
 
     def check(x):
@@ -171,8 +172,8 @@ def test_module_routes_every_token_by_itself(rung, hybrid, long_memory):
 def test_half_precision_keeps_its_type(hybrid, long_memory):
     moe = long_memory(MoE(hybrid))
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
-    y, logits = moe.to(torch.bfloat16)(x.to(torch.bfloat16))
-    assert y.dtype == logits.dtype == torch.bfloat16
+    y, routing = moe.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert y.dtype == routing.logits.dtype == torch.bfloat16
 
 
 def one_layer(*rows):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minijamba import fused_norm, fused_swiglu
+from minijamba import fused_glu, fused_norm
 from minijamba.mlp import MLP
 from minijamba.norm import RMSNorm
 from minijamba.rungs import use_rung
@@ -217,10 +217,10 @@ def test_norm_of_sum_under_autocast(stream):
     assert_rejects(check, -1)
 
 
-@pytest.mark.parametrize("function", [norm_on("fused"), fused_swiglu.swiglu], ids=["norm", "swiglu"])
+@pytest.mark.parametrize("function", [norm_on("fused"), fused_glu.gated], ids=["norm", "swiglu"])
 def test_kernels_give_the_same_bits_twice(function):
     x = values(50, 64, dtype=torch.float32)
-    other = values(64, seed=1) if function is not fused_swiglu.swiglu else x.flip(0)
+    other = values(64, seed=1) if function is not fused_glu.gated else x.flip(0)
     first = results(function, x, other, dtype=torch.float32)
 
     def check(x):
@@ -234,49 +234,66 @@ def plain_swiglu(gate, up):
     return F.silu(gate) * up
 
 
+def plain_geglu(gate, up):
+    return F.gelu(gate) * up
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize("shape", [(1,), (2, 3, 7), (70, 130), (3, 2500)])
-def test_swiglu_kernel_equals_the_definition(shape, dtype):
+@pytest.mark.parametrize(
+    "act, plain, other", [("silu", plain_swiglu, plain_geglu), ("gelu", plain_geglu, plain_swiglu)]
+)
+def test_gated_kernel_equals_the_definition(act, plain, other, shape, dtype):
     gate, up = values(*shape, dtype=dtype), values(*shape, dtype=dtype, seed=1)
-    expected = results(plain_swiglu, gate, up)
+    expected = results(plain, gate, up)
 
-    def check(swiglu):
-        actual = results(swiglu, gate, up, dtype=dtype)
+    def check(gated):
+        actual = results(gated, gate, up, dtype=dtype)
         assert all(value.dtype == dtype for value in (actual["y"], *actual["gradients"]))
-        assert_matches(actual, expected, TOLERANCES[dtype], "swiglu")
+        assert_matches(actual, expected, TOLERANCES[dtype], "gated")
 
-    check(fused_swiglu.swiglu)
+    check(lambda gate, up: fused_glu.gated(gate, up, act))
     assert_rejects(
         check,
-        lambda gate, up: fused_swiglu.swiglu(up, gate),
-        lambda gate, up: fused_swiglu.swiglu(gate, up.detach()) + 0 * up,
-        lambda gate, up: F.gelu(gate) * up,
+        lambda gate, up: fused_glu.gated(up, gate, act),
+        lambda gate, up: fused_glu.gated(gate, up.detach(), act) + 0 * up,
+        other,
     )
+
+
+def test_gelu_kernel_is_the_one_by_the_normal_distribution():
+    gate, up = values(70, 130), values(70, 130, seed=1)
+
+    def check(geglu):
+        assert_matches(results(geglu, gate, up), results(plain_geglu, gate, up), 1e-13, "geglu")
+
+    check(lambda gate, up: fused_glu.gated(gate, up, "gelu"))
+    assert_rejects(check, lambda gate, up: F.gelu(gate, approximate="tanh") * up)
 
 
 def test_swiglu_kernel_reads_the_halves_of_one_product(monkeypatch):
     """Without a copy: the kernels see the stride of the whole rows."""
-    both, seen, launch = values(4, 3, 10), [], fused_swiglu._forward.run
+    both, seen, launch = values(4, 3, 10), [], fused_glu._forward.run
 
     def run(*args, **options):
         seen.append(args[1])
         return launch(*args, **options)
 
-    monkeypatch.setattr(fused_swiglu._forward, "run", run)
+    monkeypatch.setattr(fused_glu._forward, "run", run)
 
     def check(swiglu):
         assert_matches(results(swiglu, both), results(lambda both: plain_swiglu(*both.chunk(2, -1)), both), 1e-13)
 
-    check(lambda both: fused_swiglu.swiglu(*both.chunk(2, dim=-1)))
+    check(lambda both: fused_glu.gated(*both.chunk(2, dim=-1)))
     assert seen == [10]
-    check(lambda both: fused_swiglu.swiglu(*both.mT.contiguous().mT.chunk(2, dim=-1)))
-    assert_rejects(check, lambda both: fused_swiglu.swiglu(*both.chunk(2, dim=-1)[::-1]))
+    check(lambda both: fused_glu.gated(*both.mT.contiguous().mT.chunk(2, dim=-1)))
+    assert_rejects(check, lambda both: fused_glu.gated(*both.chunk(2, dim=-1)[::-1]))
 
 
 def test_operators_keep_their_word():
     x, y, weight = values(3, 5), values(3, 5, seed=1), values(5)
-    torch.library.opcheck(torch.ops.minijamba.swiglu.default, (x, y))
-    torch.library.opcheck(torch.ops.minijamba.swiglu_backward.default, (x, x, y))
+    torch.library.opcheck(torch.ops.minijamba.gated.default, (x, y, "gelu"))
+    torch.library.opcheck(torch.ops.minijamba.gated_backward.default, (x, x, y, "gelu"))
     torch.library.opcheck(torch.ops.minijamba.add_rms_norm.default, (x, y, weight, 1e-3, torch.float64))
     for dtype in (torch.float64, torch.float32):
         given = x, y, x, weight, 1e-3, torch.float64, dtype
@@ -286,7 +303,8 @@ def test_operators_keep_their_word():
 def test_kernels_have_true_gradients_and_no_second_ones():
     x, weight = values(3, 5).requires_grad_(), values(5, seed=1).requires_grad_()
     gate, up = values(3, 5).requires_grad_(), values(3, 5, seed=1).requires_grad_()
-    cases = (norm_on("fused"), (x, weight)), (sum_on("fused"), (x, gate, weight)), (fused_swiglu.swiglu, (gate, up))
+    cases = (norm_on("fused"), (x, weight)), (sum_on("fused"), (x, gate, weight)), (fused_glu.gated, (gate, up))
+    cases += ((lambda gate, up: fused_glu.gated(gate, up, "gelu"), (gate, up)),)
     for function, arguments in cases:
         assert torch.autograd.gradcheck(function, arguments)
         with pytest.raises(RuntimeError, match="Jacobian mismatch"):
@@ -304,7 +322,7 @@ def test_modules_with_kernels_compile_into_one_graph(backend, hybrid, long_memor
             return torch.cat(self.of_sum(x, x.sin()))
 
     x = values(2, 3, 16)
-    for module in (RMSNorm(16), Sum(16), MLP(hybrid)):
+    for module in (RMSNorm(16), Sum(16), MLP(hybrid), MLP(replace(hybrid, hidden_act="gelu", mlp_bias=True))):
         torch.compiler.reset()
         module = long_memory(module).double().to(DEVICE)
         compiled = torch.compile(module, fullgraph=True, backend=backend)

@@ -189,39 +189,35 @@ def with_norms_replaced(model, names):
     return model
 
 
+def bare(model):
+    """The same weights without the norms, which must be ones."""
+    config = replace(model.config, mamba_inner_layernorms=False)
+    without = Jamba(config).eval()
+    kept = {name: value for name, value in model.state_dict().items() if not any(norm in name for norm in NORMS)}
+    without.load_state_dict(kept)
+    return without
+
+
 @torch.no_grad()
 def test_without_inner_norms_a_mixer_selects_what_it_projects(model, hybrid):
-    tokens = tokens_of(hybrid)
-    bare = study.without_inner_norms(copy.deepcopy(model))
+    tokens, without = tokens_of(hybrid), bare(model)
 
     def check(names):
-        assert_matches(bare(tokens), with_norms_replaced(model, names)(tokens), 1e-6)  # float32, the same operations
+        assert_matches(without(tokens), with_norms_replaced(model, names)(tokens), 1e-6)  # float32, the same operations
 
     check(NORMS)
     assert_rejects(check, (), NORMS[:1], NORMS[:2], NORMS[1:])
-    mixer, x = study.mixers(bare)[0], torch.randn(2, 5, hybrid.d_inner)
+    mixer, x = study.mixers(without)[0], torch.randn(2, 5, hybrid.d_inner)
     delta, B, C = (x @ mixer.x_proj.weight.T).split([3, 4, 4], dim=-1)
     for found, expected in zip(mixer.select(x), (delta @ mixer.dt_proj.weight.T, B, C), strict=True):
         assert_matches(found, expected, 1e-6)
 
 
-@torch.no_grad()
-def test_norms_that_are_gone_stay_gone(model, hybrid):
-    tokens = tokens_of(hybrid)
-    bare = study.without_inner_norms(copy.deepcopy(model))
-    logits = bare(tokens)
-    twice = study.without_inner_norms(copy.deepcopy(bare))
-    assert torch.equal(twice(tokens), logits) and not torch.equal(model(tokens), logits)
-    assert study.mixers(twice)[0].select.__self__ is study.mixers(twice)[0], "a copy selects with its own weights"
-
-
 @pytest.mark.parametrize("rung", ["naive", "parallel", "fused"])
 @torch.no_grad()
 def test_without_inner_norms_decoding_gives_the_logits_of_the_plain_run(model, hybrid, rung):
-    """The fused step has the norms inside, so it must not be taken."""
     tokens = tokens_of(hybrid, length=6)
-    bare = study.without_inner_norms(copy.deepcopy(model))
-    whole = bare(tokens)
+    whole = bare(model)(tokens)
 
     def check(model):
         with use_rung(rung):
@@ -229,26 +225,8 @@ def test_without_inner_norms_decoding_gives_the_logits_of_the_plain_run(model, h
             steps = [model(tokens[:, t : t + 1], cache=cache) for t in range(6)]
         assert_matches(torch.cat(steps, dim=1), whole, 1e-5)  # float32, four layers
 
-    check(bare)
-    steps_of_old = copy.deepcopy(bare)
-    for mixer in study.mixers(steps_of_old):
-        del mixer.select, mixer.step
-    assert_rejects(check, steps_of_old)
-
-
-def test_norms_that_are_gone_are_not_trained(hybrid, setting):
-    config = replace(hybrid, vocab_size=ByteTokenizer.vocab_size)
-
-    def check(prepare):
-        model = prepare(study.build(config, 0, CPU))
-        before = {name: value.clone() for name, value in model.named_parameters()}
-        study.fit(model, setting.batches(0), TrainRecipe(3, learning_rate=1e-2))
-        changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-        inner = {name for name in before if any(norm in name for norm in NORMS)}
-        assert inner and not changed & inner and changed == before.keys() - inner
-
-    check(study.without_inner_norms)
-    assert_rejects(check, lambda model: model)
+    check(bare(model))
+    assert_rejects(check, model)
 
 
 # What is looked into.
@@ -284,7 +262,7 @@ def test_inner_sizes_are_the_largest_values_that_select_gives(model, hybrid):
     check(batch)
     assert_rejects(check, Batch(tokens, tokens), Batch(tokens[:, :3], tokens[:, :3]))
     # Without norms nothing bounds them, and the same watch sees it.
-    grown = study.without_inner_norms(copy.deepcopy(model))
+    grown = bare(model)
     for mixer in study.mixers(grown):
         mixer.x_proj.weight.mul_(50)
     assert min(study.inner_sizes(grown, batch)["B"]) > 5 * max(expected["B"])

@@ -207,7 +207,7 @@ def test_the_balance_loss_reaches_the_router(tokens):
 def test_expert_load_counts_choices(model, tokens):
     trace = Trace()
     losses(model, Windows(tokens, 2, 16)(0), trace)
-    load = expert_load(trace.router, 2)
+    load = expert_load(trace.experts, 4)
     assert load.shape == (2, 4)
     for layer, row in zip(trace.router, load, strict=True):
         chosen = [i for logits in layer.flatten(0, 1) for i in logits.topk(2).indices.tolist()]

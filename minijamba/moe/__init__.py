@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from ..config import JambaConfig
 from ..rungs import choose, why_no_kernels
 from . import grouped, naive
-from .router import balance_loss, expert_load, route
+from .router import Routing, balance_loss, expert_load, route, sinkhorn
 
-__all__ = ["Experts", "MoE", "balance_loss", "expert_load", "mixture", "route", "waits_for_host"]
+__all__ = ["Experts", "MoE", "Routing", "balance_loss", "expert_load", "mixture", "route", "sinkhorn", "waits_for_host"]
 
 
-def rungs(device: torch.device) -> dict[str, Callable]:
-    """The implementations that run on tensors of this device, slowest first."""
+def rungs(device: torch.device, biased: bool = False) -> dict[str, Callable]:
+    """The implementations that run on tensors of this device, slowest first; no kernel adds biases."""
     implementations = {"naive": naive.mixture, "parallel": grouped.mixture}
-    if why_no_kernels(device) is None:
+    if why_no_kernels(device) is None and not biased:
         from . import fused
 
         implementations["fused"] = fused.mixture
@@ -30,7 +30,7 @@ def waits_for_host(config: JambaConfig, dtype: torch.dtype, device: torch.device
     """
     if all(layer.feed_forward != "moe" for layer in config.layers):
         return False
-    if why_no_kernels(device) is not None:
+    if why_no_kernels(device) is not None or config.mlp_bias:
         return True
     from .fused import all_at_once
 
@@ -38,48 +38,71 @@ def waits_for_host(config: JambaConfig, dtype: torch.dtype, device: torch.device
 
 
 def mixture(
-    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, rung: str = "auto"
-) -> Tensor:
-    """The weighted sum of the chosen experts, each a SwiGLU.
+    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, *,
+    act: str = "silu", biases: tuple[Tensor, Tensor, Tensor] | None = None, rung: str = "auto",
+) -> Tensor:  # fmt: skip
+    """The weighted sum of the chosen experts, each a gated linear unit.
 
-        y = sum over the k chosen experts i of  weight_i  down_i (silu(gate_i x) * up_i x)
+        y = sum over the k chosen experts i of  weight_i  down_i (act(gate_i x) * up_i x)
 
     Args:
         x:        (tokens, d)
         weights:  (tokens, k) what each chosen expert counts for, from `route`.
         indices:  (tokens, k) int64, which experts were chosen, 0 .. e-1.
         gate, up: (e, f, d);  down: (e, d, f).
+        act:      "silu" or "gelu".
+        biases:   of gate and up (e, f), and of down (e, d), added to their products.
     Returns: y (tokens, d).
     Source:  Jamba, section 2.
     """
-    return choose("moe", rung, rungs(x.device), x.device)(x, weights, indices, gate, up, down)
+    run = choose("moe", rung, rungs(x.device, biases is not None), x.device)
+    return run(x, weights, indices, gate, up, down, act, *([] if biases is None else [biases]))
 
 
 class Experts(nn.Module):
-    """The weights of e feed-forwards, stacked: gate_proj, up_proj (e, f, d) and down_proj (e, d, f)."""
+    """The weights of e feed-forwards, stacked: gate_proj, up_proj (e, f, d) and down_proj (e, d, f).
+
+    With biases also gate_bias, up_bias (e, f) and down_bias (e, d).
+    """
 
     def __init__(self, config: JambaConfig) -> None:
         super().__init__()
         experts, width, inner = config.num_experts, config.hidden_size, config.intermediate_size
+        self.act, self.biased = config.hidden_act, config.mlp_bias
         self.gate_proj = nn.Parameter(torch.empty(experts, inner, width))
         self.up_proj = nn.Parameter(torch.empty(experts, inner, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
         for weight in self.parameters():
             nn.init.normal_(weight, std=config.initializer_range)
+        if self.biased:
+            self.gate_bias = nn.Parameter(torch.zeros(experts, inner))
+            self.up_bias = nn.Parameter(torch.zeros(experts, inner))
+            self.down_bias = nn.Parameter(torch.zeros(experts, width))
+
+    def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        biases = (self.gate_bias, self.up_bias, self.down_bias) if self.biased else None
+        return mixture(
+            x, weights, indices, self.gate_proj, self.up_proj, self.down_proj, act=self.act, biases=biases
+        )
 
 
 class MoE(nn.Module):
-    """Router and experts: x (b, t, d) -> y (b, t, d) and the router's logits (b, t, e)."""
+    """Router and experts: x (b, t, d) -> y (b, t, d), and how the tokens were routed.
+
+    real (b, t) bool says which tokens are not padding: only those count where a choice depends on all tokens.
+    """
 
     def __init__(self, config: JambaConfig) -> None:
         super().__init__()
-        self.chosen = config.num_experts_per_tok
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.chosen, self.routing, self.renormalise = config.num_experts_per_tok, config.routing, config.norm_topk_prob
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=config.router_bias)
         self.experts = Experts(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Routing]:
         logits = self.router(x)
-        weights, indices = route(logits.flatten(0, 1), self.chosen)
-        gate, up, down = self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj
-        y = mixture(x.flatten(0, 1), weights.to(x.dtype), indices, gate, up, down)
-        return y.view_as(x), logits
+        weights, indices = route(
+            logits.flatten(0, 1), self.chosen, self.routing, renormalise=self.renormalise, training=self.training,
+            real=None if real is None else real.flatten(),
+        )  # fmt: skip
+        y = self.experts(x.flatten(0, 1), weights.to(x.dtype), indices)
+        return y.view_as(x), Routing(logits, indices.view(*x.shape[:2], self.chosen))

@@ -19,64 +19,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fused_glu import weighted_gated, weighted_gated_backward
 from ..fused_norm import product_dtype
-from ..fused_swiglu import weighted_swiglu, weighted_swiglu_backward
 from ..rungs import ceil_div, operator
 
 # Numbers that one program sums at once, and its warps of 32 threads.
 TILE, WARPS = 2048, 4
 
 
-def mixture(x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The function of `naive.mixture`, same arguments; differentiable once.
+def mixture(
+    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: str = "silu"
+) -> Tensor:
+    """The function of `naive.mixture`, same arguments but for the biases, which no kernel adds; differentiable once.
 
     All experts at once in bfloat16 (or under autocast to it) where d and f are multiples of 8, on Hopper GPUs;
     otherwise one after the other, for which the host has to know how many tokens each has.
     """
     dtype = product_dtype(x)
     x, gate, up, down = (tensor.to(dtype).contiguous() for tensor in (x, gate, up, down))
-    arguments = x, weights.contiguous(), indices, gate, up, down
+    arguments = x, weights.contiguous(), indices, gate, up, down, act
     return _Mixture.apply(*arguments) if torch.is_grad_enabled() else _run(*arguments)[0]
 
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, indices, gate, up, down):
-        y, *saved = _run(x, weights, indices, gate, up, down)
+    def forward(ctx, x, weights, indices, gate, up, down, act):
+        y, *saved = _run(x, weights, indices, gate, up, down, act)
+        ctx.act = act
         ctx.save_for_backward(x, weights, gate, up, down, *saved)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        dx, dweights, *dstacks = _run_backward(dy, *ctx.saved_tensors)
-        return dx, dweights, None, *dstacks
+        dx, dweights, *dstacks = _run_backward(dy, *ctx.saved_tensors, ctx.act)
+        return dx, dweights, None, *dstacks, None
 
 
 def _mixture(
-    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor
+    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, and what the gradient needs again."""
     order, place, ends = _sort(indices, len(gate))
     product = _product(gate, ends)
     rows = _sum_rows([x], order // indices.shape[1])
     g, u = product(rows, gate.mT), product(rows, up.mT)
-    inner = weighted_swiglu(g, u, weights, order)
+    inner = weighted_gated(g, u, weights, order, act)
     return _sum_rows([product(inner, down.mT)], place), g, u, order, place, ends
 
 
 def _gradients(
     dy: Tensor, x: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor,
-    g: Tensor, u: Tensor, order: Tensor, place: Tensor, ends: Tensor,
+    g: Tensor, u: Tensor, order: Tensor, place: Tensor, ends: Tensor, act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weights, gate, up and down."""
     token, product = order // weights.shape[1], _product(gate, ends)
     rows, drows = _sum_rows([x], token), _sum_rows([dy], token)
-    dg, du, dweights, inner = weighted_swiglu_backward(product(drows, down), g, u, weights, order)
+    dg, du, dweights, inner = weighted_gated_backward(product(drows, down), g, u, weights, order, act)
     dx = _sum_rows([product(dg, gate), product(du, up)], place)
     return dx, dweights, product(dg.mT, rows), product(du.mT, rows), product(drows.mT, inner)
 
 
-def _shapes(x, weights, indices, gate, up, down):
+def _shapes(x, weights, indices, gate, up, down, act):
     experts, inner, _ = gate.shape
     choices = indices.numel()
     g, u = x.new_empty(choices, inner), x.new_empty(choices, inner)

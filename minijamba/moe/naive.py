@@ -5,11 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mixture(x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def mixture(
+    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+    act: str = "silu", biases: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    activate = getattr(F, act)
+    gate_bias, up_bias, down_bias = biases or [x.new_zeros(stack.shape[:2]) for stack in (gate, up, down)]
     rows = []
     for token, token_weights, token_experts in zip(x, weights, indices.tolist(), strict=True):
         y = torch.zeros_like(token)
         for weight, i in zip(token_weights, token_experts, strict=True):
-            y = y + weight * (down[i] @ (F.silu(gate[i] @ token) * (up[i] @ token)))
+            inner = activate(gate[i] @ token + gate_bias[i]) * (up[i] @ token + up_bias[i])
+            y = y + weight * (down[i] @ inner + down_bias[i])
         rows.append(y)
     return torch.stack(rows)

@@ -1,20 +1,87 @@
-"""Which experts a token goes to, what each counts for, and the loss that keeps them evenly used."""
+"""Which experts a token goes to, what each counts for, and what keeps them evenly used: a loss, or Sinkhorn's plan."""
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+SHARPNESS = 2.0  # of the logits, before Sinkhorn balances them
+SWEEPS = 2
 
-def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Softmax over all experts, then the k largest.
 
-    The k weights are not renormalised: they sum to less than one, and the rest is the router's doubt. Mixtral divides
-    by their sum; a Jamba checkpoint run that way gives other logits.
+class Routing(NamedTuple):
+    """How a layer routed its tokens."""
 
-    logits: (..., e) -> weights (..., k) float32, largest first, and indices (..., k) int64.
+    logits: Tensor  # (b, t, e)
+    indices: Tensor  # (b, t, k) int64, the experts that were chosen
+
+
+def route(
+    logits: Tensor, k: int, routing: str = "softmax", *,
+    renormalise: bool = False, training: bool = False, real: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The k experts of every token, and the weight of each.
+
+    "softmax", as Jamba: softmax over all experts, then the k largest. The weights are not renormalised: they sum to
+    less than one, and the rest is the router's doubt. Mixtral divides by their sum (`renormalise`); a Jamba checkpoint
+    run that way gives other logits.
+
+    "sinkhorn", as BlackMamba with k = 1: the weights are sigmoids of the logits, each expert by itself, and the largest
+    are chosen. In training the choice is that of `sinkhorn`, which is even over all tokens; it has no gradient, the
+    router learns through the weights alone.
+
+    Args:
+        logits: (..., e);  in training with Sinkhorn (tokens, e).
+        real:   (tokens,) bool, False for padding, which takes no share of the experts.
+    Returns: weights (..., k), float32 at least, and indices (..., k) int64.
+    Source:  Jamba, section 2; BlackMamba (arXiv 2402.01771) and its code.
     """
-    probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    weights, indices = probabilities.topk(k, dim=-1)
-    return weights, indices
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    scores = logits.to(wide).sigmoid() if routing == "sinkhorn" else logits.softmax(-1, dtype=wide)
+    if routing == "sinkhorn" and training:
+        indices = sinkhorn(logits, real=real).topk(k, dim=-1).indices
+        weights = scores.gather(-1, indices)
+    else:
+        weights, indices = scores.topk(k, dim=-1)
+    return (weights / weights.sum(-1, keepdim=True) if renormalise else weights), indices
+
+
+@torch.no_grad()
+def sinkhorn(
+    logits: Tensor, sweeps: int = SWEEPS, *, better_start: bool = True, real: Tensor | None = None
+) -> Tensor:
+    """The plan that is nearest to the logits among those that give each token and each expert an even share.
+
+        plan_te = u_t exp(2 logits_te) v_e,   sum_e plan_te = 1 / T,   sum_t plan_te = 1 / E
+
+    u and v are found by turns, a sweep being u for the present v, then v for that u; so the experts' shares are even to
+    rounding, and the tokens' nearly so. v starts at one, or better at what u = 1 asks for: it then has the experts'
+    general popularity in it from the first sweep on.
+
+    Args:
+        logits: (tokens, e).
+        sweeps: at least 1.
+        real:   (tokens,) bool, False for tokens that take no share.
+    Returns: plan (tokens, e), of sum 1, float32 at least.
+    Source:  Sinkhorn, 1967; BlackMamba (arXiv 2402.01771) for the start; its code for the factor 2.
+    """
+    logits = SHARPNESS * logits.to(torch.promote_types(logits.dtype, torch.float32))
+    tokens, experts = logits.shape
+    if real is None:
+        real = torch.ones(tokens, dtype=torch.bool, device=logits.device)
+    absent = torch.zeros_like(logits[:, 0]).masked_fill(~real, -torch.inf)
+    share, log_u, log_v = absent - real.sum().log(), absent, torch.zeros_like(logits[0])
+    if better_start:
+        log_v = _even_experts(logits, log_u)
+    for _ in range(sweeps):
+        log_u = share - (logits + log_v).logsumexp(1)
+        log_v = _even_experts(logits, log_u)
+    return (log_u[:, None] + logits + log_v).exp()
+
+
+def _even_experts(logits: Tensor, log_u: Tensor) -> Tensor:
+    return -math.log(logits.shape[1]) - (log_u[:, None] + logits).logsumexp(0)
 
 
 def balance_loss(router_logits: list[Tensor], k: int, mask: Tensor | None = None) -> Tensor:
@@ -39,11 +106,11 @@ def balance_loss(router_logits: list[Tensor], k: int, mask: Tensor | None = None
     return experts * (chosen.mean(0) * probabilities.mean(0)).sum()
 
 
-def expert_load(router_logits: list[Tensor], k: int) -> Tensor:
+def expert_load(indices: list[Tensor], experts: int) -> Tensor:
     """How often each expert of each layer was chosen, as a multiple of an even share: (layers, e), each row of mean 1.
 
-    router_logits: one (b, t, e) a MoE layer, as collected by `Trace.router`; k experts a token.
+    indices: one (b, t, k) a MoE layer, as collected by `Trace.experts`.
     """
-    logits = torch.stack([layer.flatten(0, -2) for layer in router_logits])
-    chosen = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.topk(k, dim=-1).indices, 1.0)
-    return chosen.mean(1) * (logits.shape[-1] / k)
+    chosen = torch.stack([layer.flatten(0, -2) for layer in indices])
+    counted = torch.zeros(*chosen.shape[:2], experts, device=chosen.device).scatter_(-1, chosen, 1.0)
+    return counted.mean(1) * (experts / chosen.shape[-1])

@@ -33,10 +33,10 @@ def select_and_step(
     state: Tensor, x: Tensor, z: Tensor, selected: Tensor, norms: list[Tensor], eps: float,
     dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
 ) -> Tensor:  # fmt: skip
-    """From `selected` (b, r + 2n), what x_proj gives, to y (b, c): three norms, dt_proj, the step, the gate.
+    """From `selected` (b, r + 2n), what x_proj gives, to y (b, c): three norms if any, dt_proj, the step, the gate.
 
-    x, z (b, c); norms: the weights of the norms of delta (r,), B (n,) and C (n,); dt_weight (c, r); dt_bias, D (c,);
-    A = -exp(A_log) (c, n). The state (b, c, n) is updated in place.
+    x, z (b, c); norms: the weights of the norms of delta (r,), B (n,) and C (n,), or none; dt_weight (c, r);
+    dt_bias, D (c,); A = -exp(A_log) (c, n). The state (b, c, n) is updated in place.
     """
     run = _select_and_step_operator if torch.compiler.is_compiling() else _selected_token
     return run(state, x, z, selected, norms, eps, dt_weight, dt_bias, A_log, D)
@@ -69,7 +69,7 @@ def _selected_token(
     rank = dt_weight.shape[1]
     sizes = TOGETHER if batch >= FEW and rank >= TILE and x.element_size() == 2 else ALONE
     _select_and_step[ceil_div(channels, sizes["BLOCK"]), ceil_div(batch, sizes["ROWS"])](
-        dense, x, z, selected, *norms, eps, dt_weight, dt_bias, A_log, D, y, batch, channels,
+        dense, x, z, selected, *(norms or [None] * 3), eps, dt_weight, dt_bias, A_log, D, y, batch, channels,
         x.stride(0), z.stride(0), selected.stride(0), STATES=states, RANK=rank, **sizes,
     )  # fmt: skip
     return y if dense is state else _copied(dense, state, y)
@@ -125,14 +125,21 @@ def _select_and_step(
     c, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, triton.next_power_of_2(STATES))
     weight = tl.trans(read_rows(dt_weight, RANK, c, channels, RANK)).to(wide)
     A = -tl.exp(read_rows(A_log, STATES, c, channels, STATES).to(wide))
-    delta = rms_norm(read_rows(selected, selected_b, b, batch, RANK), read_row(dt_norm, RANK), eps, RANK, wide)
-    selected += RANK
-    B = rms_norm(read_rows(selected, selected_b, b, batch, STATES), read_row(B_norm, STATES), eps, STATES, wide)
-    selected += STATES
-    C = rms_norm(read_rows(selected, selected_b, b, batch, STATES), read_row(C_norm, STATES), eps, STATES, wide)
+    delta = _part(selected, selected_b, b, batch, dt_norm, eps, RANK, wide)
+    B = _part(selected + RANK, selected_b, b, batch, B_norm, eps, STATES, wide)
+    C = _part(selected + RANK + STATES, selected_b, b, batch, C_norm, eps, STATES, wide)
     delta = _times(delta.to(wide), weight, ROWS).to(x.dtype.element_ty).to(wide)
     delta = _softplus(delta + tl.load(dt_bias + c, mask=c < channels, other=0).to(wide)[None, :])
     _advance(state, x, delta, A, B.to(wide), C.to(wide), D, z, y, b, c, n, batch, channels, STATES, x_b, z_b)
+
+
+@triton.jit
+def _part(selected, stride, b, batch, norm, eps: tl.constexpr, SIZE: tl.constexpr, wide: tl.constexpr):
+    """Neighbouring numbers of every sequence, through their norm if there is one."""
+    part = read_rows(selected, stride, b, batch, SIZE)
+    if norm is not None:
+        part = rms_norm(part, read_row(norm, SIZE), eps, SIZE, wide)
+    return part
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, JambaForCausalLM
 
 import minijamba as mj
 from minijamba import checkpoint
+from minijamba.families import FAMILIES, rename
 from minijamba.testing import assert_matches, assert_rejects
 
 # Both run in float32 and add the same numbers in another order: a few units in the last place (6e-8) for each of the
@@ -163,7 +164,7 @@ def test_first_release_names_convert_to_what_transformers_loads(make, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     file = tmp_path / "theirs" / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # not mapped to the old file
-    old = {checkpoint._rename(name, checkpoint.FIRST_RELEASE): tensor for name, tensor in tensors.items()}
+    old = {rename(name, FAMILIES["jamba"].older): tensor for name, tensor in tensors.items()}
     assert "model.layers.0.moe.experts.0.gate_proj.weight" in old and "model.layers.1.moe.router.weight" in old
     save_file(old, file)
     checkpoint.convert(tmp_path / "theirs", tmp_path / "ours")
