@@ -86,7 +86,7 @@ def build_parser():
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
 
     verb = _verb(verbs, study, "an experiment of the course: small models that differ in one thing, trained alike")
-    verb.add_argument("name", metavar="STUDY", help="twins, balance, norms, start or recall")
+    verb.add_argument("name", metavar="STUDY", help="twins, balance, norms, start, blackmamba or recall")
     verb.add_argument("--steps", type=int, metavar="N", help="of each model (the study's own)")
     verb.add_argument("--seeds", type=int, metavar="N", help="how many (the study's own)")
     verb.add_argument("--set", action="append", default=[], metavar="ENTRY=VALUE", help="change its recipe")

@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .bench.records import record
 from .budget import budget
@@ -21,7 +22,8 @@ from .checkpoint import SHIPPED
 from .config import JambaConfig
 from .data import Batch, Corpus, Windows, prepare
 from .mamba import Mamba
-from .model import Jamba
+from .model import Jamba, Trace
+from .moe import expert_load, sinkhorn
 from .probes import copying, induction_scores, needle_map, switched_off
 from .recipe import Recipe, TrainRecipe, load_recipe
 from .rungs import find_device
@@ -100,8 +102,7 @@ def curve(history: list[Record]) -> dict[str, list]:
 def twin(config: JambaConfig, kind: str) -> JambaConfig:
     """The hybrid itself, or its twin with Mamba or attention in every layer, with as many parameters.
 
-    What the mixers have more or fewer, the experts get or give: intermediate_size is the multiple of 8 that comes
-    nearest.
+    What the mixers have more or fewer, the experts get or give.
     """
     if kind == "hybrid":
         return config
@@ -109,7 +110,22 @@ def twin(config: JambaConfig, kind: str) -> JambaConfig:
         "mamba": {"attn_layer_period": config.num_hidden_layers + 1, "attn_layer_offset": config.num_hidden_layers},
         "attention": {"attn_layer_period": 1, "attn_layer_offset": 0},
     }
-    changed, wanted = replace(config, **schedules[kind]), budget(config).total_params
+    return as_large_as(config, replace(config, **schedules[kind]))
+
+
+def blackmamba_twin(config: JambaConfig) -> JambaConfig:
+    """BlackMamba with the width, depth and experts of a hybrid, and as many parameters."""
+    changed = replace(
+        config, pattern="m- -E", num_hidden_layers=2 * config.num_hidden_layers, num_experts_per_tok=1,
+        routing="sinkhorn", router_bias=True, hidden_act="gelu", mamba_inner_layernorms=False, tie_word_embeddings=True,
+        final_norm="layer", rms_norm_eps=1e-5, residual_in_fp32=True, router_aux_loss_coef=0.0, model_type="blackmamba",
+    )  # fmt: skip
+    return as_large_as(config, changed)
+
+
+def as_large_as(config: JambaConfig, changed: JambaConfig) -> JambaConfig:
+    """`changed` with the intermediate_size, a multiple of 8, that brings its parameters nearest to the config's."""
+    wanted = budget(config).total_params
     sizes = range(8, 4 * config.intermediate_size, 8)
     return min(
         (replace(changed, intermediate_size=size) for size in sizes),
@@ -234,6 +250,70 @@ def norms(setting: Setting) -> Iterator[dict]:
             yield {"inner_norms": inner, **found, "sizes": sizes}
 
 
+# What keeps the experts of a BlackMamba evenly used: nothing, Jamba's loss beside a softmax, or Sinkhorn's plan.
+ROUTERS = {
+    "top-1": {"routing": "softmax"},
+    "top-1, balance loss": {"routing": "softmax", "router_aux_loss_coef": 0.01},
+    "Sinkhorn": {"routing": "sinkhorn"},
+}
+SWEEPS = 30
+
+
+def blackmamba(setting: Setting) -> Iterator[dict]:
+    """BlackMamba trained with three ways to use its experts evenly, or not: loss, load, and Sinkhorn's sweeps."""
+    base, options = blackmamba_twin(setting.config()), setting.recipe.train
+    batch = setting.validation()[0].to(setting.device)
+    for seed in range(setting.seeds):
+        for name, changes in ROUTERS.items():
+            model = build(replace(base, **changes), seed, setting.device)
+            before = balanced(model, batch)
+            found = trained(setting, model, seed, name)
+            yield {
+                "router": name,
+                "parameters": budget(model.config).total_params,
+                "active_parameters": budget(model.config).active_params,
+                "tokens": options.steps * options.batch * options.length,
+                "bits_per_byte": setting.bits(found["validation_loss"]),
+                **found,
+                "untrained": before,
+                "trained": balanced(model, batch),
+            }
+
+
+@torch.no_grad()
+def balanced(model: Jamba, batch: Batch) -> dict[str, list]:
+    """What a batch does to the experts of every layer.
+
+    load:     how often each is chosen in use, as a multiple of an even share.
+    balanced: the same for the choice of Sinkhorn's plan.
+    moved:    share of the tokens that the plan sends elsewhere.
+    sweeps:   from both starts, how far the tokens' masses are from even after 1, 2, ... sweeps (`uneven`).
+    """
+    training = model.training
+    model.eval()
+    trace, e = Trace(), model.config.num_experts
+    model(batch.tokens, segments=batch.segments, trace=trace)
+    model.train(training)
+    logits = [layer.flatten(0, 1).float() for layer in trace.router]
+    plans = [sinkhorn(layer).argmax(-1, keepdim=True) for layer in logits]
+    chosen = [layer.flatten(0, 1) for layer in trace.experts]
+    return {
+        "load": expert_load(chosen, e).tolist(),
+        "balanced": expert_load(plans, e).tolist(),
+        "moved": [(plan != used).float().mean().item() for plan, used in zip(plans, chosen, strict=True)],
+        "sweeps": {
+            name: [uneven(layer, better_start) for layer in logits]
+            for name, better_start in (("better", True), ("plain", False))
+        },
+    }
+
+
+def uneven(logits: Tensor, better_start: bool) -> list[float]:
+    """Largest deviation of a token's mass from 1 / T after 1, 2, ... sweeps, as a multiple of 1 / T; logits (T, e)."""
+    plans = (sinkhorn(logits.double(), sweeps, better_start=better_start) for sweeps in range(1, SWEEPS + 1))
+    return [(len(logits) * plan.sum(1) - 1).abs().max().item() for plan in plans]
+
+
 @torch.no_grad()
 def wrong_start(model: Jamba, kind: str) -> Jamba:
     """Undo a part of Mamba's own initialisation, in place, as loading code and frameworks have done silently.
@@ -310,6 +390,7 @@ STUDIES = {
     "balance": (balance, 400, 3),
     "norms": (norms, 400, 3),
     "start": (start, 400, 3),
+    "blackmamba": (blackmamba, 1500, 3),
     "recall": (recall, 3000, 3),
 }
 
