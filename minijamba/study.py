@@ -275,6 +275,7 @@ def blackmamba(setting: Setting) -> Iterator[dict]:
                 "tokens": options.steps * options.batch * options.length,
                 "bits_per_byte": setting.bits(found["validation_loss"]),
                 **found,
+                **looked_into(model),
                 "untrained": before,
                 "trained": balanced(model, batch),
             }

@@ -83,6 +83,7 @@ def test_gelu(small_tiles):
     assert_rejects(check, kernel, naive)
 
 
+@pytest.mark.filterwarnings("ignore:moe")  # which says so on a GPU
 def test_biases_run_on_the_grouped_rung_as_no_kernel_adds_them(hybrid, long_memory):
     moe = long_memory(MoE(replace(hybrid, mlp_bias=True, hidden_act="gelu"))).double().to(DEVICE)
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double().to(DEVICE)
