@@ -39,7 +39,7 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     Source: Su et al., 2021, in the order of halves that the released Llama, Mistral and Mixtral have.
     """
     wide, half = torch.promote_types(x.dtype, torch.float32), x.shape[-1] // 2
-    rates = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    rates = 1 / theta ** (torch.arange(half, device=x.device, dtype=wide) / half)
     angles = positions[..., None, None] * rates
     first, second = x.to(wide).split(half, dim=-1)
     cos, sin = angles.cos(), angles.sin()

@@ -279,6 +279,8 @@ def _match(config: JambaConfig, path: Path) -> dict[str, Stored]:
             f"correct the schedule and num_experts in {CONFIG}"
         )
     extra = stored.keys() - {tensor.name for tensor in found.values()}
+    if family.passed_over:
+        extra = {name for name in extra if not name.endswith(family.passed_over)}
     if config.tie_word_embeddings and head in extra:
         _check_tied(stored[head], found[embedding])
         extra.remove(head)

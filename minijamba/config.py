@@ -361,7 +361,7 @@ PRESETS = {
     },
     "mixtral-8x7b": _transformer("mixtral", router_aux_loss_coef=0.02, max_position_embeddings=32768),
     "mistral-7b": _transformer("mistral", rms_norm_eps=1e-5, max_position_embeddings=32768),
-    "llama-2-7b": _transformer("llama", rms_norm_eps=1e-5, max_position_embeddings=4096),
+    "llama-2-7b": _transformer("llama", num_key_value_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096),
     "llama-2-13b": _transformer(
         "llama", hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
         num_key_value_heads=40, rms_norm_eps=1e-5, max_position_embeddings=4096,

@@ -36,6 +36,7 @@ class Family:
     # one, the rows of the first before those of the next.
     names: dict[str, str] = field(default_factory=dict)
     older: dict[str, str] = field(default_factory=dict)  # part of that name -> one under which it may also be stored
+    passed_over: str | None = None  # ends of names of stored tensors that hold nothing that was learned
     pickle: str | None = None  # the file, where the family was released as a pickle
     read: Callable[[dict], dict] = dict  # config.json -> the same, with the `derived` fields under our names
     write: Callable = lambda config: {}  # config -> the entries of config.json that say these
@@ -117,6 +118,12 @@ def write_config(config) -> dict:
     return about | values | family.write(config) | {"torch_dtype": config.dtype}
 
 
+def _check_same(values: dict, name: str, other: str, value) -> None:
+    """ValueError if `values` has another value under `name` than the `other` name says."""
+    if values.get(name, value) not in (None, value):
+        raise ValueError(f"{other} is {value!r}, but {name} is {values[name]!r}: two names of one field, remove one")
+
+
 def rename(name: str, table: dict[str, str]) -> str:
     for part, other in table.items():
         name = name.replace(part, other)
@@ -130,10 +137,9 @@ def _read_jamba(values: dict) -> dict:
     """Other writers' names; and null key/value heads are as many as query heads."""
     values = dict(values)
     for older, name in {"n_ctx": "max_position_embeddings", "num_local_experts": "num_experts"}.items():
-        if older in values and values.setdefault(name, values[older]) != values[older]:
-            raise ValueError(
-                f"{older} is {values[older]!r}, but {name} is {values[name]!r}: two names of one field, remove one"
-            )
+        if older in values:
+            _check_same(values, name, older, values[older])
+            values[name] = values[older]
     return _all_heads(values)
 
 
@@ -170,20 +176,33 @@ def _periods(config) -> dict | None:
 def _read_transformer(values: dict) -> dict:
     """Rotary positions as transformers 4 or 5 writes them; a head's width only where it is another than d / h."""
     values = _all_heads(dict(values))
+    names = ("rope_parameters", "rope_scaling", "partial_rotary_factor")
+    _check_rope({name: values[name] for name in names if values.get(name)})
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    turned = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if kind != "default" or turned not in (None, 1):
-        raise ValueError(
-            f"the rotary positions are {json.dumps(rope)}, but only plain ones are built here (rope_type default): "
-            f"ignoring the rest would give wrong logits"
-        )
     if rope.get("rope_theta") is not None:
+        _check_same(values, "rope_theta", "rope_parameters.rope_theta", rope["rope_theta"])
         values["rope_theta"] = rope["rope_theta"]
     width, heads = values.get("hidden_size", 4096), values.get("num_attention_heads", 32)
     if values.get("head_dim") is not None and values["head_dim"] * heads != width:
         values["head_width"] = values["head_dim"]
     return {name: value for name, value in values.items() if name != "rope_theta" or value is not None}
+
+
+def _check_rope(said: dict) -> None:
+    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+    entries = [value if isinstance(value, dict) else {name: value} for name, value in said.items()]
+    for entry in entries:
+        for name, value in entry.items():
+            if name != "rope_theta" and value not in (None, plain.get(name)):
+                raise ValueError(
+                    f"the rotary positions are {json.dumps(said)}, but only plain ones are built here, with rope_type "
+                    f"default: ignoring the rest would give wrong logits"
+                )
+
+
+def _read_llama(values: dict) -> dict:
+    """As many key/value heads as query heads, where the file says nothing of them."""
+    return _read_transformer({"num_key_value_heads": None} | values)
 
 
 def _no_positions(config) -> str | None:
@@ -198,8 +217,15 @@ def _write_transformer(config) -> dict:
 
 
 def _read_mamba(values: dict) -> dict:
-    """The config.json of state-spaces' own releases, under the names of transformers' Mamba."""
+    """The config.json of state-spaces' own releases, under the names of transformers' Mamba.
+
+    Files for transformers that were made from it may keep the older names beside its own, which then count.
+    """
     if "d_model" not in values:
+        return values
+    if "hidden_size" in values:
+        _check_same(values, "hidden_size", "d_model", values["d_model"])
+        _check_same(values, "num_hidden_layers", "n_layer", values.get("n_layer", values.get("num_hidden_layers")))
         return values
     ssm = {"layer": "Mamba1", **(values.get("ssm_cfg") or {})}
     refused = {
@@ -301,7 +327,7 @@ _LLAMA = {
     "derived": ("head_width",),
     "start": {
         "vocab_size": 32000, "intermediate_size": 11008, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
-        "rope_theta": 1e4, "num_key_value_heads": 32, "pad_token_id": None,
+        "rope_theta": 1e4, "pad_token_id": None,
     },
     "same": {"attn_layer_period": 1, "attn_layer_offset": 0, "num_experts": 1},
     "only": {"sliding_window": None},
@@ -310,7 +336,8 @@ _LLAMA = {
         "pre_ff_layernorm": "post_attention_layernorm",
         "model.final_layernorm": "model.norm",
     },
-    "read": _read_transformer,
+    "passed_over": "rotary_emb.inv_freq",  # in early files: the rates of the positions, which follow from rope_theta
+    "read": _read_llama,
     "write": _write_transformer,
     "misfit": _no_positions,
 }  # fmt: skip
@@ -321,6 +348,7 @@ _MISTRAL = _LLAMA | {
         "intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
     },
     "only": {"attention_bias": False, "mlp_bias": False},
+    "read": _read_transformer,
 }  # fmt: skip
 _MIXTRAL = _MISTRAL | {
     "architecture": "MixtralForCausalLM",
