@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ NO_PICKLE = (
     "is a pickle, which can run code when opened, and only safetensors is read: if you trust it, rewrite it once with "
     "transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
 )
+LFS_POINTER = b"version https://git-lfs"
+NO_LFS_POINTER = "is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
 NO_TENSORS = (
     "holds more than tensors under names, so it was refused before any of it ran: a checkpoint of this family is a "
     "dictionary of tensors, or one under the key `model`; download it again from where you trust it"
@@ -90,19 +93,25 @@ def load(
         raise ValueError(f"quantize is {quantize!r}, but int8 and int4 weights are not in this version: leave it None")
     device = find_device(device)
     config = _config(locate(path_or_repo_id, weights=False))
-    wanted = _dtype(dtype, config.dtype, (*DTYPES, "float64"))
-    sizes = [weight.size * _held(weight.name, wanted).itemsize for weight in weights(config)]
-    refuse_if_too_large(sum(sizes) + max(sizes), device, f"{path_or_repo_id} in {_name(wanted)}")
+    _memory(config, dtype, device, path_or_repo_id)
     path = locate(path_or_repo_id, pickled=config.family[1].pickle)
     stored = _match(config, path)
     config = _with_stored_dtype(config, path, stored)
-    dtype = _dtype(dtype, config.dtype, (*DTYPES, "float64"))
+    dtype, total = _memory(config, dtype, device, path_or_repo_id)
     model = _unfilled(config, dtype, device)
-    with _bar(f"loading {path_or_repo_id}", sum(sizes)) as bar:
+    with _bar(f"loading {path_or_repo_id}", total) as bar:
         for name, tensor in _tensors(model).items():
             tensor.copy_(stored[name].read())
             bar.update(tensor.nbytes)
     return model.eval()
+
+
+def _memory(config: JambaConfig, dtype: str | torch.dtype, device: torch.device, name) -> tuple[torch.dtype, int]:
+    """The dtype to load in, and the bytes of the weights; ValueError if they do not fit with one tensor beside them."""
+    dtype = _dtype(dtype, config.dtype, (*DTYPES, "float64"))
+    sizes = [weight.size * _held(weight.name, dtype).itemsize for weight in weights(config)]
+    refuse_if_too_large(sum(sizes) + max(sizes), device, f"{name} in {_name(dtype)}")
+    return dtype, sum(sizes)
 
 
 def save(
@@ -307,10 +316,12 @@ def _joined_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _with_stored_dtype(config: JambaConfig, path: Path, stored: dict[str, Stored]) -> JambaConfig:
-    """The config with the dtype of the stored embedding where config.json says none."""
+    """The config with the dtype of the stored embedding, float32 at most, where config.json says none."""
     said = json.loads((_folder(path) / CONFIG).read_text(encoding="utf-8"))
+    if said.get("dtype") or said.get("torch_dtype"):
+        return config
     name = _name(FLOATS[stored[EMBEDDING].dtype])
-    return config if said.get("dtype") or said.get("torch_dtype") or name not in DTYPES else replace(config, dtype=name)
+    return replace(config, dtype=name if name in DTYPES else "float32")
 
 
 def _check_floats(stored: dict[str, Stored]) -> None:
@@ -414,18 +425,24 @@ def _read_header(file: Path) -> dict[str, Stored]:
 
 def _read_pickle(file: Path) -> dict[str, Stored]:
     """The tensors of a pickle by name. It may build tensors, and nothing else."""
+    with file.open("rb") as stream:
+        head = stream.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise ValueError(f"{file} {NO_LFS_POINTER}")
+    if not head.startswith((b"PK", b"\x80")):
+        raise ValueError(f"{file} is no file of torch.save, by its first bytes {head[:8]!r}: download or copy it again")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings(action="ignore"):  # of old pickles, which are read all the same
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise ValueError(f"{file} {NO_TENSORS}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever torch says of a damaged file: there are many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} is cut off or no file of torch.save ({reason}): download or copy it again") from None
+        raise ValueError(f"{file} is cut off or damaged ({reason}): download or copy it again") from None
     if isinstance(content, dict) and content.keys() == {"model"}:
         content = content["model"]
     plain = isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        for name, tensor in content.items()
+        isinstance(name, str) and isinstance(tensor, Tensor) and _is_plain(tensor) for name, tensor in content.items()
     )
     if not plain:
         raise ValueError(f"{file} {NO_TENSORS}")
@@ -437,6 +454,10 @@ def _read_pickle(file: Path) -> dict[str, Stored]:
     return found
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+
+
 def _whats_wrong(file: Path, error: Exception) -> str:
     """Why a file is refused. Layout of safetensors: 8 bytes with the header's length, a JSON header, the tensors."""
     again = "download or copy it again"
@@ -445,8 +466,8 @@ def _whats_wrong(file: Path, error: Exception) -> str:
         head = stream.read(8)
         length = int.from_bytes(head, "little")
         header = stream.read(length) if length < min(size, LONGEST_HEADER) else b""
-    if head == b"version ":
-        return "is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
+    if head == LFS_POINTER[:8]:
+        return NO_LFS_POINTER
     if length > LONGEST_HEADER and head.startswith((b"PK", b"\x80")):
         return NO_PICKLE
     if size < 8:

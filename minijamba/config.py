@@ -317,6 +317,13 @@ def _transformer(family: str, **sizes) -> dict:
     return {**FAMILIES[family].start, **FAMILIES[family].same, "model_type": family, **sizes}
 
 
+def _llama(width: int, inner: int, layers: int, heads: int, key_heads: int) -> dict:
+    return _transformer(
+        "llama", hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=key_heads, rms_norm_eps=1e-5, max_position_embeddings=4096, dtype="float16",
+    )  # fmt: skip
+
+
 # Differences to the defaults. Released checkpoints first, Jamba's and then those that the papers compare with; sizes to
 # train here last.
 PRESETS = {
@@ -361,15 +368,9 @@ PRESETS = {
     },
     "mixtral-8x7b": _transformer("mixtral", router_aux_loss_coef=0.02, max_position_embeddings=32768),
     "mistral-7b": _transformer("mistral", rms_norm_eps=1e-5, max_position_embeddings=32768),
-    "llama-2-7b": _transformer("llama", num_key_value_heads=32, rms_norm_eps=1e-5, max_position_embeddings=4096),
-    "llama-2-13b": _transformer(
-        "llama", hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
-        num_key_value_heads=40, rms_norm_eps=1e-5, max_position_embeddings=4096,
-    ),
-    "llama-2-70b": _transformer(
-        "llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, rms_norm_eps=1e-5, max_position_embeddings=4096,
-    ),
+    "llama-2-7b": _llama(4096, 11008, 32, 32, 32),
+    "llama-2-13b": _llama(5120, 13824, 40, 40, 40),
+    "llama-2-70b": _llama(8192, 28672, 80, 64, 8),
     "mamba-130m": _mamba(24, 768),
     "mamba-370m": _mamba(48, 1024),
     "mamba-790m": _mamba(48, 1536),

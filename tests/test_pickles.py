@@ -476,13 +476,14 @@ def test_files_of_another_kind_are_refused(release, family, case):
 @families
 def test_a_git_lfs_pointer_is_told_from_a_damaged_file(release, family):
     folder, _ = release(family)
+    whole = (folder / BIN).read_bytes()
 
     def check(content):
         (folder / BIN).write_bytes(content)
         check_refused(folder, [str(folder / BIN), "Git LFS pointer", "git lfs pull"])
 
     check(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    assert_rejects(check, b"version 2 of my weights", b"", (folder / BIN).read_bytes())
+    assert_rejects(check, b"version 2 of my weights", b"", whole)
 
 
 def test_text_is_not_taken_for_forbidden_content(release):

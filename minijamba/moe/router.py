@@ -55,33 +55,29 @@ def sinkhorn(
 
         plan_te = u_t exp(2 logits_te) v_e,   sum_e plan_te = 1 / T,   sum_t plan_te = 1 / E
 
-    u and v are found by turns, a sweep being u for the present v, then v for that u; so the experts' shares are even to
-    rounding, and the tokens' nearly so. v starts at one, or better at what u = 1 asks for: it then has the experts'
-    general popularity in it from the first sweep on.
+    A sweep makes the tokens' shares even (a new u), then the experts' (a new v); so the experts' are even to rounding,
+    and the tokens' nearly so. v starts at one, or better at what u = 1 asks for. What makes an expert more popular with
+    all tokens alike is then gone from the beginning.
 
     Args:
         logits: (tokens, e).
-        sweeps: at least 1.
+        sweeps: at least 1. On trained routers two, the default, bring the busiest expert below 1.65 times its share.
         real:   (tokens,) bool, False for tokens that take no share.
     Returns: plan (tokens, e), of sum 1, float32 at least.
     Source:  Sinkhorn, 1967; BlackMamba (arXiv 2402.01771) for the start; its code for the factor 2.
     """
-    logits = SHARPNESS * logits.to(torch.promote_types(logits.dtype, torch.float32))
+    plan = SHARPNESS * logits.to(torch.promote_types(logits.dtype, torch.float32))  # its logarithm, until the end
     tokens, experts = logits.shape
     if real is None:
         real = torch.ones(tokens, dtype=torch.bool, device=logits.device)
-    absent = torch.zeros_like(logits[:, 0]).masked_fill(~real, -torch.inf)
-    share, log_u, log_v = absent - real.sum().log(), absent, torch.zeros_like(logits[0])
+    absent, share = ~real[:, None], -real.sum().log()
+    plan = plan.masked_fill(absent, -torch.inf)
     if better_start:
-        log_v = _even_experts(logits, log_u)
+        plan = plan - plan.logsumexp(0)
     for _ in range(sweeps):
-        log_u = share - (logits + log_v).logsumexp(1)
-        log_v = _even_experts(logits, log_u)
-    return (log_u[:, None] + logits + log_v).exp()
-
-
-def _even_experts(logits: Tensor, log_u: Tensor) -> Tensor:
-    return -math.log(logits.shape[1]) - (log_u[:, None] + logits).logsumexp(0)
+        plan = (plan - plan.logsumexp(1, keepdim=True) + share).masked_fill(absent, -torch.inf)
+        plan = plan - plan.logsumexp(0) - math.log(experts)
+    return plan.exp()
 
 
 def balance_loss(router_logits: list[Tensor], k: int, mask: Tensor | None = None) -> Tensor:
