@@ -5,13 +5,13 @@ The reference below uses nothing of the package: plain products, and loops over 
 
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import assert_names, refusal
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -563,21 +563,6 @@ def test_the_stream_is_float32_in_a_model_of_half_precision(tmp_path):
 
 
 # Refusals
-
-
-def refusal(action: Callable, *arguments) -> str:
-    """The message of a refusal; AssertionError if nothing was refused."""
-    try:
-        action(*arguments)
-    except ValueError as refused:
-        return str(refused)
-    raise AssertionError("nothing was refused")
-
-
-def assert_names(message: str, words: list[str]) -> None:
-    """One sentence that names the words in their order."""
-    assert "\n" not in message
-    assert re.search(".*".join(map(re.escape, words)), message), message
 
 
 def layers(*codes: str) -> Callable:

@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
+from refusals import assert_names, refusal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -382,22 +383,6 @@ BAD_FILES = {
         ["config.json", "attn_layer_offset 9", "attn_layer_period 4"],
     ),
 }  # fmt: skip
-
-
-def refusal(action: Callable, *arguments, error: type[Exception] = ValueError) -> str:
-    """The message of a refusal; AssertionError if nothing was refused."""
-    try:
-        action(*arguments)
-    except error as refused:
-        assert type(refused) is error
-        return str(refused)
-    raise AssertionError("nothing was refused")
-
-
-def assert_names(message: str, words: list[str]) -> None:
-    """One sentence that names the words in their order."""
-    assert "\n" not in message
-    assert re.search(".*".join(map(re.escape, words)), message), message
 
 
 def check_refused(source: Path, words: list[str], monkeypatch) -> None:

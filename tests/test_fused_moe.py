@@ -63,9 +63,9 @@ def results(mixture, arguments, dtype=None, view=lambda x: x):
     return {"y": y.detach()} | {f"d{name}": leaf.grad for name, leaf in leaves.items() if name != "indices"}
 
 
-def assert_equals_naive(arguments, dtype=torch.float64, mixture=kernel, **options):
+def assert_equals_naive(arguments, dtype=torch.float64, mixture=kernel, definition=naive, **options):
     actual = results(mixture, arguments, dtype, **options)
-    assert_matches(actual, results(naive, arguments, torch.float64), TOLERANCES[dtype], "mixture")
+    assert_matches(actual, results(definition, arguments, torch.float64), TOLERANCES[dtype], "mixture")
 
 
 @pytest.mark.parametrize("tokens, k, experts", [(1, 1, 1), (1, 2, 6), (9, 1, 6), (9, 6, 6), (40, 2, 16)])
@@ -190,6 +190,8 @@ def test_half_precision_and_the_choice_of_products(dtype, width, inner, at_once,
 
     monkeypatch.setattr(F, "grouped_mm", counted)
     rounded = arguments(20, 3, 4, width, inner, dtype)
+    assert_equals_naive(rounded, dtype, partial(kernel, act="gelu"), partial(naive, act="gelu"))
+    calls.clear()
     assert_equals_naive(rounded, dtype)
     # Three products forwards, and for each the gradients of both its factors.
     assert len(calls) == (9 if at_once and fused._has_kernel(DEVICE) else 0)

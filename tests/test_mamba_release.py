@@ -2,13 +2,12 @@
 
 import json
 import math
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from refusals import assert_names, refusal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,21 +86,6 @@ def write_for_transformers(folder: Path, config: dict = CONFIG, state: dict[str,
 def logits(model) -> Tensor:
     result = model(TOKENS)
     return result if isinstance(result, Tensor) else result.logits
-
-
-def refusal(action: Callable, *arguments) -> str:
-    """The message of a refusal; AssertionError if nothing was refused."""
-    try:
-        action(*arguments)
-    except ValueError as refused:
-        return str(refused)
-    raise AssertionError("nothing was refused")
-
-
-def assert_names(message: str, words: list[str]) -> None:
-    """One sentence that names the words in their order."""
-    assert "\n" not in message
-    assert re.search(".*".join(map(re.escape, words)), message), message
 
 
 SSM = {

@@ -19,6 +19,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from refusals import assert_names, refusal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,21 +79,6 @@ def logits(model: mj.Jamba) -> Tensor:
 
 def loaded(path: Path) -> Tensor:
     return logits(mj.load(path, device="cpu", dtype="float64"))
-
-
-def refusal(action: Callable, *arguments) -> str:
-    """The message of a refusal; AssertionError if nothing was refused."""
-    try:
-        action(*arguments)
-    except ValueError as refused:
-        return str(refused)
-    raise AssertionError("nothing was refused")
-
-
-def assert_names(message: str, words: list[str]) -> None:
-    """One sentence that names the words in their order."""
-    assert "\n" not in message
-    assert re.search(".*".join(map(re.escape, words)), message), message
 
 
 def readers(folder: Path) -> list[Callable[[Path], object]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
+from judging import gradients, in_our_names, same_routing
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import minijamba as mj
@@ -212,15 +212,7 @@ def same_values(pair: Pair) -> None:
     assert_matches(hidden, theirs.hidden_states, FLOAT32, "hidden state")
     assert_matches(logits, theirs.logits, FLOAT32, "logits")
     if routed:
-        assert_matches([r.flatten(0, 1) for r in trace.router], theirs.router_logits, FLOAT32, "router logits")
-        loss = mj.balance_loss(trace.router, pair.config.num_experts_per_tok)
-        assert_matches(loss, theirs.aux_loss, FLOAT32, "balance loss")
-
-
-def gradients(model: nn.Module, logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+        same_routing(trace, theirs, pair.config.num_experts_per_tok, FLOAT32)
 
 
 # Part of their name in memory -> part of ours; written out, so that it judges the table that loading uses.
@@ -237,24 +229,11 @@ THEIR_NAMES = {
 }
 
 
-def in_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their experts' gate and up projections share one tensor."""
-    ours = {}
-    for name, tensor in tensors.items():
-        for theirs, new in THEIR_NAMES.items():
-            name = name.replace(theirs, new)
-        if name.endswith("gate_up_proj"):
-            gate, up = tensor.chunk(2, dim=1)
-            ours |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
-        else:
-            ours[name] = tensor
-    return ours
-
-
 def same_gradients(pair: Pair) -> None:
     tokens = draw(pair.config, 2, 13)
     ours = gradients(pair.ours, pair.ours(tokens), tokens)
-    theirs = in_our_names(gradients(pair.theirs, pair.theirs(tokens, use_cache=False).logits, tokens))
+    theirs = gradients(pair.theirs, pair.theirs(tokens, use_cache=False).logits, tokens)
+    theirs = in_our_names(theirs, THEIR_NAMES)
     if pair.config.norm_topk_prob and pair.config.num_experts_per_tok == 1:
         # The one weight is divided by itself: nothing reaches the router but rounding.
         largest = max(gradient.abs().max() for gradient in theirs.values())

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from judging import gradients, in_our_names, same_routing
+from torch import Tensor
 from transformers import JambaForCausalLM
 from transformers.models.jamba import modeling_jamba as jamba
 
@@ -128,27 +129,7 @@ def same_values(pair: Pair) -> None:
     assert_matches(hidden, theirs.hidden_states, FLOAT32, "hidden state")
     assert_matches(logits, theirs.logits, FLOAT32, "logits")
     if routed:
-        assert_matches([r.flatten(0, 1) for r in trace.router], theirs.router_logits, FLOAT32, "router logits")
-        loss = mj.balance_loss(trace.router, pair.config.num_experts_per_tok)
-        assert_matches(loss, theirs.aux_loss, FLOAT32, "balance loss")
-
-
-def gradients(model: nn.Module, logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def in_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their experts' gate and up projections share one tensor."""
-    ours = {}
-    for name, tensor in tensors.items():
-        if name.endswith("gate_up_proj"):
-            gate, up = tensor.chunk(2, dim=1)
-            ours |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
-        else:
-            ours[name] = tensor
-    return ours
+        same_routing(trace, theirs, pair.config.num_experts_per_tok, FLOAT32)
 
 
 def same_gradients(pair: Pair) -> None:
