@@ -116,9 +116,10 @@ def twin(config: JambaConfig, kind: str) -> JambaConfig:
 def blackmamba_twin(config: JambaConfig) -> JambaConfig:
     """BlackMamba with the width, depth and experts of a hybrid, and as many parameters."""
     changed = replace(
-        config, pattern="m- -E", num_hidden_layers=2 * config.num_hidden_layers, num_experts_per_tok=1,
-        routing="sinkhorn", router_bias=True, hidden_act="gelu", mamba_inner_layernorms=False, tie_word_embeddings=True,
-        final_norm="layer", rms_norm_eps=1e-5, residual_in_fp32=True, router_aux_loss_coef=0.0, model_type="blackmamba",
+        config, model_type="blackmamba", pattern="m- -E", num_hidden_layers=2 * config.num_hidden_layers,
+        num_experts_per_tok=1, routing="sinkhorn", router_bias=True, router_aux_loss_coef=0.0, hidden_act="gelu",
+        mamba_inner_layernorms=False, mamba_dt_rank="auto", tie_word_embeddings=True, final_norm="layer",
+        rms_norm_eps=1e-5, residual_in_fp32=True,
     )  # fmt: skip
     return as_large_as(config, changed)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from minijamba import budget, cli, preset, study
 from minijamba.data import Batch, Windows, prepare
-from minijamba.model import Jamba
+from minijamba.model import Jamba, Trace
 from minijamba.probes import copying, induction_scores, switched_off
 from minijamba.recipe import DataRecipe, TrainRecipe, load_recipe
 from minijamba.rungs import use_rung
@@ -88,6 +88,69 @@ def test_twins_differ_in_their_mixers_alone(hybrid):
 
     check(study.twin)
     assert_rejects(check, with_fewer_experts, all_hybrids)
+
+
+@pytest.mark.parametrize("config", [load_recipe(study.RECIPE).config(4096), preset("small")])
+def test_the_blackmamba_twin_is_one_of_as_many_parameters(config):
+    def check(twin):
+        wanted = budget(config).total_params
+        assert abs(budget(twin).total_params - wanted) < 0.02 * wanted
+        assert twin.schedule.split() == ["m-", "-E"] * config.num_hidden_layers
+        assert twin.family[0] == "blackmamba" and twin.routing == "sinkhorn"
+
+    twin = study.blackmamba_twin(config)
+    check(twin)
+    assert_rejects(
+        check, config, replace(twin, intermediate_size=2 * twin.intermediate_size), replace(twin, routing="softmax")
+    )
+
+
+# What a batch does to the experts.
+
+
+@torch.no_grad()
+def test_balanced_counts_choices_of_use_and_of_the_plan(hybrid):
+    torch.manual_seed(0)
+    config = replace(study.blackmamba_twin(replace(hybrid, num_experts=4)), intermediate_size=8)
+    model = Jamba(config)
+    for name, parameter in model.named_parameters():
+        if "router" in name:
+            parameter.normal_()
+    tokens, trace = tokens_of(config, batch=4, length=30), Trace()
+    model.train()
+    found = study.balanced(model, Batch(tokens, tokens))
+    assert model.training, "it leaves the model as it was"
+    model.eval()(tokens, trace=trace)
+    logits = [layer.flatten(0, 1) for layer in trace.router]
+
+    def check(found):
+        for i, layer in enumerate(logits):
+            used, plan = layer.argmax(-1).tolist(), by_loops(layer, 2)[0].argmax(-1).tolist()
+            assert_matches(found["load"][i], [used.count(e) * 4 / 120 for e in range(4)], 1e-6)
+            assert_matches(found["balanced"][i], [plan.count(e) * 4 / 120 for e in range(4)], 1e-6)
+            moved = sum(a != b for a, b in zip(used, plan, strict=True)) / 120
+            assert found["moved"][i] == pytest.approx(moved) and moved > 0
+            for start, better in ("better", True), ("plain", False):
+                off = [(120 * by_loops(layer, sweeps, better)[0].sum(1) - 1).abs().max() for sweeps in (1, 2, 5)]
+                assert_matches([found["sweeps"][start][i][n] for n in (0, 1, 4)], torch.stack(off).tolist(), 1e-4)
+
+    check(found)
+    assert_rejects(
+        check,
+        found | {"load": found["balanced"]},
+        found | {"balanced": found["load"]},
+        found | {"sweeps": {"better": found["sweeps"]["plain"], "plain": found["sweeps"]["better"]}},
+    )
+
+
+def by_loops(logits, sweeps, better=True):
+    """Sinkhorn's plan by its two factors, u for the tokens and v for the experts."""
+    cost = (2 * logits.double()).exp()
+    v = 1 / cost.sum(0) if better else torch.ones(cost.shape[1]).double()
+    for _ in range(sweeps):
+        u = 1 / (cost @ v) / len(cost)
+        v = 1 / (u @ cost) / cost.shape[1]
+    return u[:, None] * cost * v, v
 
 
 # Training and its curve.
@@ -407,6 +470,10 @@ KEYS = {
     "norms": {"inner_norms", "seed", "validation_loss", "tokens_per_second", "curve", "sizes"},
     "start": {"start", "seed", "validation_loss", "tokens_per_second", "curve"},
     "recall": {"twin", "states", "pairs", "seed", "accuracy"},
+    "blackmamba": {
+        "router", "seed", "parameters", "active_parameters", "tokens", "tokens_per_second", "validation_loss",
+        "bits_per_byte", "curve", "copying", "untrained", "trained",
+    },
 }  # fmt: skip
 STEPS = 3
 
@@ -514,6 +581,9 @@ def test_what_a_study_varies_is_varied(measured):
     rows = measured("start")["rows"]
     assert [row["start"] for row in rows] == STARTS
     assert len({row["validation_loss"] for row in rows}) == 4
+    rows = measured("blackmamba")["rows"]
+    assert [row["router"] for row in rows] == list(study.ROUTERS)
+    assert len({row["validation_loss"] for row in rows}) == 3
     rows = measured("recall", seeds=2)["rows"]
     assert [tuple(row[name] for name in ("seed", "pairs", "twin", "states")) for row in rows] == [
         (seed, pairs, kind, states)
@@ -590,7 +660,7 @@ def test_another_text_is_not_taken_for_the_first(measured, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("triplets", {}, "no study 'triplets': choose of twins, balance, norms, start, recall"),
+        ("triplets", {}, "no study 'triplets': choose of twins, balance, norms, start, blackmamba, recall"),
         ("twins", {"steps": 0}, "0 steps and 3 seeds train nothing"),
         ("recall", {"seeds": -1}, "3000 steps and -1 seeds"),
         ("twins", {"changes": ["train.batchs=3"]}, "did you mean train.batch"),
