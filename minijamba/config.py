@@ -15,7 +15,7 @@ from .families import FAMILIES, Family, read_config, write_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "gelu")
-ROUTINGS = ("softmax", "sinkhorn")
+ROUTINGS = ("softmax", "sigmoid", "sinkhorn")
 FINAL_NORMS = ("rms", "layer")
 # The two characters of a layer in a schedule.
 MIXERS = {"m": "mamba", "A": "attention", "-": None}
@@ -90,7 +90,7 @@ class JambaConfig:
     sliding_window: int | None = None  # tokens that attention looks back, itself included; None = all
     mamba_inner_layernorms: bool = True  # of delta, B and C
     mlp_bias: bool = False  # in the three projections, also the experts'
-    routing: str = "softmax"  # "sinkhorn": sigmoid gates, and in training a choice that is even over all tokens
+    routing: str = "softmax"  # or "sigmoid" gates; "sinkhorn": these, and in training a choice even over all tokens
     norm_topk_prob: bool = False  # the K router weights are divided by their sum
     router_bias: bool = False
     final_norm: str = "rms"  # "layer": a LayerNorm with bias

@@ -296,6 +296,8 @@ def _write_blackmamba(config) -> dict:
 def _no_blackmamba(config) -> str | None:
     if not config.mamba_proj_bias == config.mlp_bias == config.head_bias:
         return "has one switch, add_bias_linear, for mamba_proj_bias, mlp_bias and head_bias"
+    if config.routing == "sigmoid":
+        return "has routing sinkhorn or softmax and not sigmoid"
     if config.num_experts > 9:
         return f"has 9 experts at most and not {config.num_experts}"
     if config.mamba_dt_rank != math.ceil(config.hidden_size / 16):

@@ -251,17 +251,19 @@ def norms(setting: Setting) -> Iterator[dict]:
             yield {"inner_norms": inner, **found, "sizes": sizes}
 
 
-# What keeps the experts of a BlackMamba evenly used: nothing, Jamba's loss beside a softmax, or Sinkhorn's plan.
+# What keeps the experts of a BlackMamba evenly used: nothing, Jamba's loss, or Sinkhorn's plan. The first two weigh
+# their choice by a softmax, as Jamba does, the others by a sigmoid.
 ROUTERS = {
-    "top-1": {"routing": "softmax"},
-    "top-1, balance loss": {"routing": "softmax", "router_aux_loss_coef": 0.01},
+    "softmax": {"routing": "softmax"},
+    "softmax, balance loss": {"routing": "softmax", "router_aux_loss_coef": 0.01},
+    "sigmoid": {"routing": "sigmoid", "model_type": None},
     "Sinkhorn": {"routing": "sinkhorn"},
 }
 SWEEPS = 30
 
 
 def blackmamba(setting: Setting) -> Iterator[dict]:
-    """BlackMamba trained with three ways to use its experts evenly, or not: loss, load, and Sinkhorn's sweeps."""
+    """BlackMamba trained with four routers that use its experts evenly, or not: loss, load, and Sinkhorn's sweeps."""
     base, options = blackmamba_twin(setting.config()), setting.recipe.train
     batch = setting.validation()[0].to(setting.device)
     for seed in range(setting.seeds):
@@ -313,7 +315,7 @@ def balanced(model: Jamba, batch: Batch) -> dict[str, list]:
 def uneven(logits: Tensor, better_start: bool) -> list[float]:
     """Largest deviation of a token's mass from 1 / T after 1, 2, ... sweeps, as a multiple of 1 / T; logits (T, e)."""
     plans = (sinkhorn(logits.double(), sweeps, better_start=better_start) for sweeps in range(1, SWEEPS + 1))
-    return [(len(logits) * plan.sum(1) - 1).abs().max().item() for plan in plans]
+    return [float(f"{(len(logits) * plan.sum(1) - 1).abs().max():.3g}") for plan in plans]
 
 
 @torch.no_grad()

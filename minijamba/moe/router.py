@@ -27,9 +27,10 @@ def route(
     less than one, and the rest is the router's doubt. Mixtral divides by their sum (`renormalise`); a Jamba checkpoint
     run that way gives other logits.
 
-    "sinkhorn", as BlackMamba with k = 1: the weights are sigmoids of the logits, each expert by itself, and the largest
-    are chosen. In training the choice is that of `sinkhorn`, which is even over all tokens; it has no gradient, the
-    router learns through the weights alone.
+    "sigmoid": the weights are sigmoids of the logits, each expert by itself, and the largest are chosen.
+
+    "sinkhorn", as BlackMamba with k = 1: the same, except that in training the choice is that of `sinkhorn`, which is
+    even over all tokens; it has no gradient, the router learns through the weights alone.
 
     Args:
         logits: (..., e);  in training with Sinkhorn (tokens, e).
@@ -38,7 +39,7 @@ def route(
     Source:  Jamba, section 2; BlackMamba (arXiv 2402.01771) and its code.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    scores = logits.to(wide).sigmoid() if routing == "sinkhorn" else logits.softmax(-1, dtype=wide)
+    scores = logits.softmax(-1, dtype=wide) if routing == "softmax" else logits.to(wide).sigmoid()
     if routing == "sinkhorn" and training:
         indices = sinkhorn(logits, real=real).topk(k, dim=-1).indices
         weights = scores.gather(-1, indices)
@@ -61,7 +62,7 @@ def sinkhorn(
 
     Args:
         logits: (tokens, e).
-        sweeps: at least 1. On trained routers two, the default, bring the busiest expert below 1.65 times its share.
+        sweeps: at least 1. On trained routers two, the default, bring the busiest expert below 1.7 times its share.
         real:   (tokens,) bool, False for tokens that take no share.
     Returns: plan (tokens, e), of sum 1, float32 at least.
     Source:  Sinkhorn, 1967; BlackMamba (arXiv 2402.01771) for the start; its code for the factor 2.
