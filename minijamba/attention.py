@@ -1,5 +1,4 @@
-"""Grouped-query attention: without positions in Jamba, whose Mamba layers already know the order of the tokens; with
-rotary ones in Transformers."""
+"""Grouped-query attention, without positions as in Jamba or with rotary ones as in Transformers."""
 
 from collections.abc import Callable
 
@@ -21,7 +20,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, *,
     Args:
         q:       (b, t, h, p)
         k, v:    (b, s, g, p), h a multiple of g. The queries are the last t of the s tokens.
-        visible: (b, t, s) bool; causal when None. Every token must see at least one.
+        visible: (b or 1, t, s) bool; causal when None. Every token must see at least one.
     Returns: y (b, t, h, p).
     Source:  Vaswani et al., 2017; Ainslie et al., 2023, for the groups; Jamba, section 6.5, for no positions.
     """

@@ -67,8 +67,9 @@ def weights(config: JambaConfig) -> list[Weight]:
 def released(config: JambaConfig) -> dict[str, list[Weight]]:
     """Every tensor in the released layout of the config's family, and which of ours it holds, row after row."""
     found: dict[str, list[Weight]] = {}
+    names = config.family[1].names
     for weight in weights(config):
-        found.setdefault(rename(weight.name, config.family[1].names), []).append(weight)
+        found.setdefault(rename(weight.name, names), []).append(weight)
     return found
 
 
@@ -223,7 +224,7 @@ class Budget:
         return {part: sum(value(weight) for weight in self.weights if weight.part == part) for part in PARTS}
 
     def _held_bytes(self, weight: Weight) -> int:
-        if weight.expert is None or self.quantize is None:
+        if weight.expert is None or self.quantize is None or len(weight.shape) == 1:
             kept = weight.name.endswith(KEPT_FLOAT32)
             return weight.size * (max(4, self.itemsize) if kept else self.itemsize)
         outputs, inputs = weight.shape
@@ -289,7 +290,8 @@ class Budget:
             residual stream  T 6 d, float32 with residual_in_fp32, beside one layer at a time; the largest kind counts
             Mamba            T (6 c + r + 2 n), T 8 c float32, and four blocks of states of the scan, each
                              min(T c n, max(2^20, 16 b c n)) float32
-            attention        T (3 d + 3 h p), and the mask: T context bool and as many values
+            attention        T (3 d + 3 h p), T 4 h p float32 for rotary positions, and the mask: T context bool and as
+                             many values
             MLP              T 3 f
             MoE              T (5 k d + 3 f), and T 2 e float32: every token may choose the same expert
             sampling         8 b v float32
@@ -298,10 +300,11 @@ class Budget:
         width = config.num_attention_heads * config.head_dim
         d, f, c, n = config.hidden_size, config.intermediate_size, config.d_inner, config.mamba_d_state
         k, e = config.num_experts_per_tok, config.num_experts
+        turned = 0 if config.rope_theta is None else 4 * width * max(4, size)
         states = min(tokens * c * n, max(2**20, 16 * self.batch * c * n))
         kinds = {
             "mamba": tokens * ((6 * c + config.mamba_dt_rank + 2 * n) * size + 8 * c * 4) + 4 * states * 4,
-            "attention": tokens * (3 * (d + width) * size + self.context * (1 + size)),
+            "attention": tokens * (3 * (d + width) * size + turned + self.context * (1 + size)),
             "mlp": tokens * 3 * f * size,
             "moe": tokens * ((5 * k * d + 3 * f) * size + 2 * e * 4),
         }
@@ -394,7 +397,8 @@ def budget(
     Args:
         context:  tokens of each sequence; the config's max_position_embeddings by default.
         batch:    sequences.
-        quantize: how the experts are held; everything else (router, dense MLPs, mixers, embeddings) stays in `dtype`.
+        quantize: how the experts' matrices are held; everything else (router, biases, dense MLPs, mixers, embeddings)
+                  stays in `dtype`.
                   "int8": a byte a weight, a float32 scale an output channel and expert.
                   "int4": half a byte a weight, a 16-bit scale for each 64 weights along the input.
         dtype:    of weights, keys and values; the config's by default. A_log, delta's bias and the recurrent state are
@@ -417,20 +421,20 @@ def budget(
 
 def compare(configs: dict[str, JambaConfig] | None = None, context: int = 262144) -> str:
     """A table of models, those of the papers by default: parameters, what a sequence of `context` tokens occupies in
-    bfloat16, and forward FLOPs a token, without any context and at the end of that one.
+    bfloat16, and forward FLOPs of a token, the first one and the last.
 
     Keys and values are counted in full, also where a model attends to a window. Source: Jamba, Table 1.
     """
     configs = configs or {name: preset(name.lower()) for name in COMPARED}
-    head = f"{'':16} {'layers':>7} {'parameters':>16} {'active':>15} {'KV cache':>11} {'state':>10}  FLOPs a token"
-    lines = [f"{context:,} tokens of context, bfloat16", f"{head}, at the end"]
+    head = f"{'':16} {'layers':>7} {'parameters':>16} {'active':>15} {'KV cache':>11} {'state':>10}"
+    lines = [f"{context:,} tokens of context, bfloat16", f"{head} {'FLOPs, start':>14} {'FLOPs, end':>11}"]
     for name, config in configs.items():
         table = budget(config, context, dtype="bfloat16")
         lines.append(
             f"{name:16} {len(config.layers):>7} {table.total_params:>16,} {table.active_params:>15,} "
             f"{_readable(table.kv_bytes) if table.kv_bytes else '-':>11} "
             f"{_readable(table.state_bytes) if table.state_bytes else '-':>10} "
-            f"{flops_per_token(config, 0):>14.3g} {table.flops_per_token:>11.3g}"
+            f"{flops_per_token(config, 1):>14.3g} {table.flops_per_token:>11.3g}"
         )
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ import copy
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ class Layout:
     fresh:     (b,) bool, rows whose first token does not continue the cached document; None with `documents`.
     positions: (b, t) int64, the cache slot of each token, or None when all rows stand at `past`, past + 1, ...
     past:      slots in use before this call, in the fullest row.
-    visible:   (b, t, s) bool, which slots each token attends to, or None for plain causal attention.
+    visible:   (b or 1, t, s) bool, which slots each token attends to, or None for plain causal attention.
     places:    (b, t) int64, the place of each token in its document, or None when it is past, past + 1, ...
     """
 
@@ -59,7 +59,8 @@ def layout_without_cache(
     if segments is not None:
         documents = _starts(segments, segments[:, 0], real).cumsum(1)
         visible = _causal(steps) & (documents[:, :, None] == documents[:, None, :])
-    return _with_window(Layout(real, documents, visible=visible), steps, window)
+    places = _places(visible, steps)
+    return Layout(real, documents, visible=_windowed(visible, steps, tokens.shape[1], window), places=places)
 
 
 def _causal(positions: Tensor, slots: int | None = None) -> Tensor:
@@ -67,14 +68,17 @@ def _causal(positions: Tensor, slots: int | None = None) -> Tensor:
     return torch.arange(slots or positions.shape[1], device=positions.device) <= positions[:, :, None]
 
 
-def _with_window(layout: Layout, positions: Tensor, window: int | None) -> Layout:
-    """The layout with the places of its tokens, and with sight of `window` slots only; positions (b, t)."""
-    slots, visible = layout.past + positions.shape[1], layout.visible
-    places = None if visible is None else visible.sum(-1) - 1
-    if window is not None and slots > window:
-        visible = _causal(positions, slots) if visible is None else visible
-        visible = visible & (torch.arange(slots, device=positions.device) > positions[:, :, None] - window)
-    return replace(layout, visible=visible, places=places)
+def _places(visible: Tensor | None, positions: Tensor) -> Tensor | None:
+    """(b, t) the place of each token in its document, which begins at the first slot that it sees."""
+    return None if visible is None else positions - visible.view(torch.uint8).argmax(-1)
+
+
+def _windowed(visible: Tensor | None, positions: Tensor, slots: int, window: int | None) -> Tensor | None:
+    """Of the visible slots, the last `window`; all of them for None."""
+    if window is None or slots <= window:
+        return visible
+    recent = torch.arange(slots, device=positions.device) > positions[:, :, None] - window
+    return recent & (_causal(positions, slots) if visible is None else visible)
 
 
 def _starts(segments: Tensor, before: Tensor, real: Tensor | None) -> Tensor:
@@ -197,8 +201,9 @@ class Cache:
         self.filled = past + steps
         if real is not None:
             self._measure()
-        layout = Layout(real, documents, fresh, positions if ragged else None, past, visible)
-        return _with_window(layout, positions, self.config.sliding_window)
+        places = _places(visible, positions)
+        visible = _windowed(visible, positions, past + steps, self.config.sliding_window)
+        return Layout(real, documents, fresh, positions if ragged else None, past, visible, places)
 
     def _measure(self) -> None:
         self.filled = int(self.lengths.max())

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with config.json and either model.safetensors or model.safetensors.index.json and its shards.
 It is checked against its config before memory is taken, and then read tensor by tensor. A pickle is opened only for a
-family that was released as one, and only as far as it holds tensors; what is written is always safetensors.
+family that was released as one, and refused if it holds anything but tensors; what is written is always safetensors.
 """
 
 import json
@@ -377,7 +377,8 @@ def _read_headers(path: Path, family: Family) -> dict[str, Stored]:
     if family.pickle and (path / family.pickle).is_file():
         return _read_pickle(path / family.pickle)
     if pickles := _matching(path, PICKLES):
-        raise ValueError(f"{pickles[0]} {NO_PICKLE}")
+        other = f"is not called {family.pickle}: rename it, or give the file itself" if family.pickle else NO_PICKLE
+        raise ValueError(f"{pickles[0]} {other}")
     raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}: download them, or give another .safetensors file")
 
 

@@ -1,6 +1,7 @@
 """`minijamba <verb>`. One function a verb; each imports what it needs, so that --help answers at once."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -74,13 +75,13 @@ def build_parser():
 
     verb = _verb(verbs, budget, "parameters, bytes and FLOPs of a model, before allocating any")
     verb.add_argument("config", nargs="?", default="jamba-v0.1", help="preset, config.json or its folder (jamba-v0.1)")
-    verb.add_argument("--compare", action="store_true", help="a table of all families instead, at --context 262144")
+    verb.add_argument("--compare", action="store_true", help="a table of all families instead")
     verb.add_argument("--context", type=int, help="tokens (the config's longest)")
     verb.add_argument("--batch", type=int, default=1, help="sequences (1)")
     verb.add_argument("--quantize", choices=("int8", "int4"), help="weights of the experts")
     verb.add_argument("--memory", type=float, metavar="GIB", help="say whether that many GiB hold it")
 
-    verb = _verb(verbs, convert, "read a checkpoint of any accepted layout and write the released one")
+    verb = _verb(verbs, convert, "rewrite a checkpoint of any accepted layout as safetensors, in its family's own")
     verb.add_argument("source", metavar="SRC", help="folder or Hub id")
     verb.add_argument("destination", metavar="DST", help="folder to write, absent or empty")
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
@@ -332,13 +333,17 @@ def budget(options):
     if options.compare:
         from .budget import compare
 
-        return print(compare(context=options.context or 262144))
+        if options.memory or options.quantize or options.batch != 1:
+            raise ValueError("--compare takes --context alone: leave --batch, --quantize and --memory out")
+        return print(compare(context=262144 if options.context is None else options.context))
     table = mj.budget(_config(options.config), options.context, options.batch, options.quantize)
     print(table)
     if options.memory is not None:
         memory = int(options.memory * 2**30)
         verdict = "fits in" if table.fits(memory) else "does not fit in"
-        print(f"{verdict} {options.memory:g} GiB; the longest context that does: {table.max_context(memory):,} tokens")
+        longest = table.max_context(memory)
+        longest = "any number of" if longest == math.inf else f"{longest:,}"
+        print(f"{verdict} {options.memory:g} GiB; the longest context that does: {longest} tokens")
 
 
 def _config(name):

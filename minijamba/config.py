@@ -45,7 +45,8 @@ class JambaConfig:
         attn_layer_period=1, attn_layer_offset=0      "A+ AE A+ AE"  attention everywhere
 
     `pattern` says any schedule, layer by layer and repeated to the last: "m+ mE A+" or, with a layer that has one part
-    only, "m- -E", which is BlackMamba. Then the four period and offset fields mean nothing.
+    only, "m- -E", which is BlackMamba. Then the four period and offset fields
+    mean nothing, nor does num_experts without an E.
 
     mamba_dt_rank="auto" is resolved at once: `dataclasses.replace` with a new hidden_size keeps the old rank,
     `preset(name, hidden_size=...)` does not.
@@ -293,7 +294,7 @@ def _check_family(config: JambaConfig) -> None:
     name = config.model_type
     if name is None:
         return
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"model_type is {name!r}, but must be one of {', '.join(FAMILIES)}, or null")
     if reason := FAMILIES[name].why_not(config):
         raise ValueError(
@@ -314,7 +315,7 @@ def _blackmamba(layers: int, width: int, inner: int) -> dict:
 
 
 def _transformer(family: str, **sizes) -> dict:
-    return {**FAMILIES[family].start, **FAMILIES[family].same, "model_type": family, **sizes}
+    return {**FAMILIES[family].start, **FAMILIES[family].same, **sizes}
 
 
 def _llama(width: int, inner: int, layers: int, heads: int, key_heads: int) -> dict:

@@ -42,21 +42,30 @@ class Family:
     write: Callable = lambda config: {}  # config -> the entries of config.json that say these
     misfit: Callable = lambda config: None  # config -> what this family cannot say of it, or None
 
+    def fixed(self, codes: str) -> dict:
+        """What layers of these codes have in all models of the family, since its files cannot say it."""
+        said = (*self.fields, *self.derived)
+        return {name: self.same.get(name, usual) for name, usual in features(codes).items() if name not in said}
+
     def why_not(self, config) -> str | None:
         """What of a config these files cannot say; None where they say it all."""
-        codes = config.schedule.split()
-        if others := sorted(set(codes) - set(self.codes.split())):
+        if others := sorted(set(config.schedule.split()) - set(self.codes.split())):
             return f"has no layers {' '.join(others)}"
-        for parts, features in FEATURES.items():
-            for name, usual in features.items() if set(parts) & set("".join(codes)) else ():
-                wanted = self.same.get(name, usual)
-                if name not in (*self.fields, *self.derived) and getattr(config, name) != wanted:
-                    return f"has {name} {json.dumps(wanted)} and not {json.dumps(getattr(config, name))}"
+        for name, wanted in self.fixed(config.schedule).items():
+            if getattr(config, name) != wanted:
+                return f"has {name} {json.dumps(wanted)} and not {json.dumps(getattr(config, name))}"
         return self.misfit(config)
+
+
+def features(codes: str) -> dict:
+    """What layers of these codes may have, and its usual value."""
+    present = set(codes)
+    return {name: usual for parts, some in FEATURES.items() if present & set(parts) for name, usual in some.items()}
 
 
 def family_of(values: dict) -> str:
     """The family that a config.json's content names, or shows by its fields. Raises: ValueError."""
+    _check_kinds({name: values.get(name) for name in ("model_type", "architectures")})
     model_type, architectures = values.get("model_type"), values.get("architectures") or []
     if model_type is None:
         named = [name for name, family in FAMILIES.items() if family.architecture in architectures]
@@ -87,9 +96,10 @@ def read_config(values: dict) -> dict:
     """
     model_type = family_of(values)
     family = FAMILIES[model_type]
+    _check_kinds(values)
     values = family.read(values)
-    for name, only in family.only.items():
-        if values.get(name, only) != only:
+    for name, only in (family.fixed(family.codes) | family.only).items():
+        if values.get(name) is not None and values[name] != only:
             raise ValueError(
                 f"{name} is {json.dumps(values[name])}, but every {model_type} built here has {json.dumps(only)}: this "
                 f"is another model, and ignoring the field would give wrong logits"
@@ -116,6 +126,24 @@ def write_config(config) -> dict:
     # Every release of transformers reads torch_dtype; only the later ones read dtype.
     about = {"architectures": [family.architecture], "model_type": model_type}
     return about | values | family.write(config) | {"torch_dtype": config.dtype}
+
+
+# Entries that are looked at before `JambaConfig` checks its fields.
+KINDS = {
+    str: ("model_type", "routing_mode"),
+    list: ("architectures", "mamba_moe_layers"),
+    dict: ("ssm_cfg",),
+    int: ("num_layers", "vocab_size", "pad_vocab_size_multiple", "hidden_size", "num_attention_heads", "head_dim"),
+}
+
+
+def _check_kinds(values: dict) -> None:
+    for kind, names in KINDS.items():
+        for name in names:
+            value = values.get(name)
+            if value is not None and (not isinstance(value, kind) or (kind is int and (value is True or value < 1))):
+                wanted = {str: "a word", list: "a list", dict: "an object", int: "a whole number of at least 1"}[kind]
+                raise ValueError(f"{name} is {value!r}, but must be {wanted}")
 
 
 def _check_same(values: dict, name: str, other: str, value) -> None:
@@ -160,14 +188,21 @@ def _periods(config) -> dict | None:
         "attn": [layer.mixer == "attention" for layer in config.layers],
         "expert": [layer.feed_forward == "moe" for layer in config.layers],
     }.items():
-        period, offset = getattr(config, f"{kind}_layer_period"), getattr(config, f"{kind}_layer_offset")
-        if config.pattern:
-            here = [i for i, flag in enumerate(flags) if flag] or [len(flags)]
-            offset, period = here[0], here[1] - here[0] if len(here) > 1 else len(flags) + 1
-            if offset >= period or flags != [i % period == offset for i in range(len(flags))]:
-                return None
-        found |= {f"{kind}_layer_period": period, f"{kind}_layer_offset": offset}
+        spacing = getattr(config, f"{kind}_layer_period"), getattr(config, f"{kind}_layer_offset")
+        if config.pattern and (spacing := _spacing(flags)) is None:
+            return None
+        found |= {f"{kind}_layer_period": spacing[0], f"{kind}_layer_offset": spacing[1]}
     return found
+
+
+def _spacing(flags: list[bool]) -> tuple[int, int] | None:
+    """Period and offset of the flags that are set; None if they do not stand at regular distances."""
+    places = [i for i, flag in enumerate(flags) if flag]
+    if not places:
+        return len(flags) + 1, len(flags)
+    offset, period = places[0], places[1] - places[0] if len(places) > 1 else len(flags) + 1
+    regular = offset < period and flags == [i % period == offset for i in range(len(flags))]
+    return (period, offset) if regular else None
 
 
 # Transformers
@@ -182,7 +217,7 @@ def _read_transformer(values: dict) -> dict:
     if rope.get("rope_theta") is not None:
         _check_same(values, "rope_theta", "rope_parameters.rope_theta", rope["rope_theta"])
         values["rope_theta"] = rope["rope_theta"]
-    width, heads = values.get("hidden_size", 4096), values.get("num_attention_heads", 32)
+    width, heads = values.get("hidden_size") or 4096, values.get("num_attention_heads") or 32
     if values.get("head_dim") is not None and values["head_dim"] * heads != width:
         values["head_width"] = values["head_dim"]
     return {name: value for name, value in values.items() if name != "rope_theta" or value is not None}
@@ -237,7 +272,7 @@ def _read_mamba(values: dict) -> dict:
     for name, (value, only) in refused.items():
         if value != only:
             raise ValueError(f"{name} is {value!r}, but only {only!r} is built here: this is another model than Mamba")
-    multiple = values.get("pad_vocab_size_multiple", 8)
+    multiple = values.get("pad_vocab_size_multiple") or 8
     names = {"d_model": "hidden_size", "n_layer": "num_hidden_layers", "tie_embeddings": "tie_word_embeddings"}
     inner = {
         "d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank",
@@ -246,35 +281,44 @@ def _read_mamba(values: dict) -> dict:
     found = {new: values[old] for old, new in names.items() if old in values}
     found |= {new: ssm[old] for old, new in inner.items() if old in ssm}
     found |= {name: values[name] for name in ("residual_in_fp32", "dtype", "torch_dtype") if name in values}
-    return found | {"vocab_size": math.ceil(values.get("vocab_size", 50277) / multiple) * multiple}
+    return found | {"vocab_size": math.ceil((values.get("vocab_size") or 50277) / multiple) * multiple}
 
 
 # BlackMamba
 
 
 def _read_blackmamba(values: dict) -> dict:
-    values = dict(values)
-    codes = [str(code) for code in values.get("mamba_moe_layers") or []] or ["r"] * values.get("num_layers", 0)
-    experts = {int(code) for code in codes if re.fullmatch("[2-9]", code)}
-    if wrong := [code for code in codes if not re.fullmatch("r|[1-9]", code)]:
-        parallel = ": two characters are a Mamba and a feed-forward side by side on one input, which is not built here"
-        why = parallel if len(wrong[0]) > 1 else ""
-        raise ValueError(f"mamba_moe_layers has a block {wrong[0]!r}{why}; give r, or 1 to 9")
-    if len(codes) != values.get("num_layers", len(codes)):
-        raise ValueError(
-            f"mamba_moe_layers has {len(codes)} blocks, but num_layers is {values['num_layers']}: correct one of them"
-        )
+    codes = _blackmamba_codes(values)
+    experts = {int(code) for code in codes if code not in "r1"}
     if len(experts) > 1:
         raise ValueError(f"mamba_moe_layers has blocks of {sorted(experts)} experts: only one number is built here")
-    values["num_layers"] = len(codes)
-    values["pattern"] = _unit(["m-" if code == "r" else "-+" if code == "1" else "-E" for code in codes])
-    values["num_experts"] = experts.pop() if experts else 1
-    biased = values.get("add_bias_linear", False)
-    modes = {"sinkhorn": "sinkhorn", "top1": "softmax"}
-    mode = values.get("routing_mode", "sinkhorn")
+    modes, mode = {"sinkhorn": "sinkhorn", "top1": "softmax"}, values.get("routing_mode") or "sinkhorn"
     if mode not in modes:
         raise ValueError(f"routing_mode is {mode!r}, but only sinkhorn and top1 are built here")
-    return values | {"routing": modes[mode]} | {f"{part}_bias": biased for part in ("mamba_proj", "mlp", "head")}
+    layers = {"r": "m-", "1": "-+"}
+    return values | {
+        "num_layers": len(codes),
+        "pattern": _unit([layers.get(code, "-E") for code in codes]),
+        "num_experts": max(experts, default=1),
+        "routing": modes[mode],
+        **{f"{part}_bias": values.get("add_bias_linear", False) for part in ("mamba_proj", "mlp", "head")},
+    }
+
+
+def _blackmamba_codes(values: dict) -> list[str]:
+    """A character a block: r for Mamba, or how many experts it has."""
+    layers = values.get("num_layers")
+    codes = [str(code) for code in values.get("mamba_moe_layers") or ["r"] * (layers or 0)]
+    if not codes:
+        raise ValueError("num_layers and mamba_moe_layers are absent, so the number of blocks is unknown: add one")
+    if layers not in (None, len(codes)):
+        raise ValueError(f"mamba_moe_layers has {len(codes)} blocks, but num_layers is {layers}: correct one of them")
+    for code in codes:
+        if not re.fullmatch("r|[1-9]", code):
+            parallel = ": two characters are a Mamba and a feed-forward side by side, which is not built here"
+            why = parallel if len(code) > 1 else ""
+            raise ValueError(f"mamba_moe_layers has a block {code!r}{why}; give r, or 1 to 9")
+    return codes
 
 
 def _unit(codes: list[str]) -> str:
@@ -332,7 +376,6 @@ _LLAMA = {
         "rope_theta": 1e4, "pad_token_id": None,
     },
     "same": {"attn_layer_period": 1, "attn_layer_offset": 0, "num_experts": 1},
-    "only": {"sliding_window": None},
     "names": {
         "feed_forward.": "mlp.",
         "pre_ff_layernorm": "post_attention_layernorm",
@@ -349,7 +392,6 @@ _MISTRAL = _LLAMA | {
     "start": _LLAMA["start"] | {
         "intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
     },
-    "only": {"attention_bias": False, "mlp_bias": False},
     "read": _read_transformer,
 }  # fmt: skip
 _MIXTRAL = _MISTRAL | {
@@ -361,7 +403,7 @@ _MIXTRAL = _MISTRAL | {
         "attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1, "expert_layer_offset": 0,
         "norm_topk_prob": True,
     },
-    "only": {"attention_bias": False, "router_jitter_noise": 0.0},
+    "only": {"router_jitter_noise": 0.0},
     "names": {
         "feed_forward.router": "block_sparse_moe.gate",
         "feed_forward.": "block_sparse_moe.",
@@ -379,10 +421,6 @@ FAMILIES = {
         codes="m+ mE A+ AE",
         fields=_SIZES | _COMMON | _ATTENTION | _SCHEDULE | _EXPERTS | _MAMBA | _TOKENS,
         derived=("pattern",),
-        only={
-            "sliding_window": None, "mamba_inner_layernorms": True, "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False,
-        },
         # The first release, March 2024, where a dense layer was an only expert without a router.
         older={
             "feed_forward.gate_proj": "moe.experts.0.gate_proj",
@@ -430,7 +468,7 @@ FAMILIES = {
     "blackmamba": Family(
         architecture="BlackMamba",
         codes="m- -E -+",
-        fields={
+        fields=_TOKENS | {
             "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_hidden_layers": "num_layers",
             "intermediate_size": "ffn_hidden_size", "mamba_d_state": "state_size", "mamba_d_conv": "conv_dimension",
             "mamba_expand": "expansion_factor", "max_position_embeddings": "max_sequence_length",

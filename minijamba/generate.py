@@ -1,7 +1,6 @@
 """Writing text: the prompt in chunks through both caches, then one token at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,17 +8,6 @@ from torch import Tensor
 from .budget import budget, refuse_if_too_large
 from .cache import Cache
 from .model import Jamba, check_tokens
-
-
-@contextmanager
-def _evaluating(model: Jamba) -> Iterator[None]:
-    """In training, Sinkhorn's choice of experts would depend on the other rows."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()
@@ -73,23 +61,22 @@ def generate(
     seen = _tokens_seen(model, tokens, mask)
     finished = torch.zeros(batch, dtype=torch.bool, device=model.device)
     padding = model.config.pad_token_id or 0
-    with _evaluating(model):
-        logits = _prefill(model, tokens, mask, cache, chunk, progress)
-        new: list[Tensor] = []
-        for _ in _steps(max_new_tokens, progress):
-            chosen = sample(_penalise(logits, seen, repetition_penalty), temperature, top_k, top_p, generator)
-            chosen = chosen.masked_fill(finished, padding)
-            new.append(chosen)
-            if stream is not None:
-                stream(chosen.tolist())
-            writing = ~finished
-            finished = finished | torch.isin(chosen, stops)
-            done = len(new) == max_new_tokens or bool(finished.all())
-            if reused or not done:
-                logits = model(chosen[:, None], cache=cache, mask=writing[:, None])[:, -1]
-                seen[torch.arange(batch, device=seen.device), chosen] |= writing
-            if done:
-                break
+    logits = _prefill(model, tokens, mask, cache, chunk, progress)
+    new: list[Tensor] = []
+    for _ in _steps(max_new_tokens, progress):
+        chosen = sample(_penalise(logits, seen, repetition_penalty), temperature, top_k, top_p, generator)
+        chosen = chosen.masked_fill(finished, padding)
+        new.append(chosen)
+        if stream is not None:
+            stream(chosen.tolist())
+        writing = ~finished
+        finished = finished | torch.isin(chosen, stops)
+        done = len(new) == max_new_tokens or bool(finished.all())
+        if reused or not done:
+            logits = model(chosen[:, None], cache=cache, mask=writing[:, None])[:, -1]
+            seen[torch.arange(batch, device=seen.device), chosen] |= writing
+        if done:
+            break
     return torch.stack(new, dim=1) if new else tokens.new_empty(batch, 0)
 
 

@@ -93,7 +93,7 @@ class Jamba(nn.Module):
         """Logits of the next token.
 
         Whatever the split over calls, the padding and the packing, a token gets the logits of a plain run of its
-        document alone.
+        document alone. (But for Sinkhorn's choice of experts in training, which is even over all tokens of a call.)
 
         Args:
             tokens:    (b, t) int64, 0 .. v-1.
@@ -211,7 +211,7 @@ def _initialise(model: Jamba) -> None:
     for name, parameter in model.named_parameters():
         if any(part in name for part in _OWN):
             continue
-        if parameter.dim() >= 2:
-            nn.init.normal_(parameter, std=scaled if any(part in name for part in _TO_RESIDUAL) else std)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             nn.init.zeros_(parameter)
+        elif parameter.dim() >= 2:
+            nn.init.normal_(parameter, std=scaled if any(part in name for part in _TO_RESIDUAL) else std)

@@ -114,6 +114,8 @@ def _checked_mixer(model: Jamba, i: int, heads: Sequence[int] | str) -> Attentio
     if i not in range(layers):
         raise ValueError(f"there is no layer {i}: the model has {layers}, counted from 0")
     mixer = model.model.layers[i].mixer
+    if mixer is None:
+        raise ValueError(f"layer {i} has no mixer to switch off, only a feed-forward: name another layer")
     if isinstance(heads, str):
         if heads != "all":
             raise ValueError(f'layer {i}: {heads!r} is not understood, give a list of heads, or "all"')

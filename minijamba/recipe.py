@@ -9,6 +9,7 @@ from pathlib import Path
 from . import data
 from .config import JambaConfig, preset
 from .model import Jamba
+from .tokenizer import BOS, EOS, PAD
 from .train import Trainer, schedule
 
 
@@ -113,7 +114,8 @@ class Recipe:
             raise ValueError(
                 f"model.vocab_size {changes['vocab_size']} is below the tokenizer's {vocab_size}: leave it out"
             )
-        return preset(self.model["preset"], **changes)
+        tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+        return preset(self.model["preset"], **tokens | changes)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -21,6 +21,7 @@ from .budget import budget
 from .checkpoint import SHIPPED
 from .config import JambaConfig
 from .data import Batch, Corpus, Windows, prepare
+from .families import FAMILIES
 from .mamba import Mamba
 from .model import Jamba, Trace
 from .moe import expert_load, sinkhorn
@@ -106,20 +107,15 @@ def twin(config: JambaConfig, kind: str) -> JambaConfig:
     """
     if kind == "hybrid":
         return config
-    schedules = {
-        "mamba": {"attn_layer_period": config.num_hidden_layers + 1, "attn_layer_offset": config.num_hidden_layers},
-        "attention": {"attn_layer_period": 1, "attn_layer_offset": 0},
-    }
-    return as_large_as(config, replace(config, **schedules[kind]))
+    other = {"mamba": ("A", "m"), "attention": ("m", "A")}[kind]
+    return as_large_as(config, replace(config, pattern=config.schedule.replace(*other)))
 
 
 def blackmamba_twin(config: JambaConfig) -> JambaConfig:
     """BlackMamba with the width, depth and experts of a hybrid, and as many parameters."""
     changed = replace(
-        config, model_type="blackmamba", pattern="m- -E", num_hidden_layers=2 * config.num_hidden_layers,
-        num_experts_per_tok=1, routing="sinkhorn", router_bias=True, router_aux_loss_coef=0.0, hidden_act="gelu",
-        mamba_inner_layernorms=False, mamba_dt_rank="auto", tie_word_embeddings=True, final_norm="layer",
-        rms_norm_eps=1e-5, residual_in_fp32=True,
+        config, **FAMILIES["blackmamba"].same, model_type="blackmamba", pattern="m- -E", routing="sinkhorn",
+        num_hidden_layers=2 * config.num_hidden_layers, router_aux_loss_coef=0.0, mamba_dt_rank="auto",
     )  # fmt: skip
     return as_large_as(config, changed)
 

@@ -53,7 +53,7 @@ def parameter_groups(model: Jamba, weight_decay: float) -> list[dict]:
     """
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim > 1 and not name.endswith("A_log") and "embed_tokens" not in name
+        is_matrix = parameter.ndim > 1 and not name.endswith(("A_log", "bias")) and "embed_tokens" not in name
         groups[is_matrix].append(parameter)
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
@@ -85,7 +85,8 @@ class Trainer:
         weight_decay: of matrices alone, see `parameter_groups`.
         clip:       largest norm of the whole gradient.
         accumulate: pieces that a batch is taken in, so that one piece's activations are in memory at a time. The
-                    cross-entropy and its gradient are those of the whole batch; the balance is each piece's own.
+                    cross-entropy and its gradient are those of the whole batch; the balance, and Sinkhorn's plan, are
+                    each piece's own.
         bfloat16:   compute in bfloat16 where that is safe (torch.autocast); weights, optimiser, residual stream and
                     recurrence stay float32.
         recompute:  keep only what enters each layer, and compute the layer again for its gradient.

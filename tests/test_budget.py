@@ -226,11 +226,18 @@ def peak_bytes(run):
         ({"num_experts": 1, "attn_layer_period": 1, "attn_layer_offset": 0}, 2048, 512, 1),
         ({"pattern": "A+", "rope_theta": 1e4, "sliding_window": 300}, 2048, 512, 1),
         ({"pattern": "A+", "rope_theta": 1e4, "head_width": 48}, 1024, 512, 1),
+        (
+            {"pattern": "A+", "rope_theta": 1e4, "num_attention_heads": 8, "head_width": 64, "dtype": "bfloat16"},
+            128, 128, 8,
+        ),
         ({"pattern": "m- -E", "mamba_inner_layernorms": False, "hidden_act": "gelu"}, 1024, 1024, 1),
         ({"pattern": "m- -+", "residual_in_fp32": True, "dtype": "bfloat16"}, 1024, 1024, 1),
     ],
-    ids=["mamba", "batch", "moe", "mlp", "attention", "rotary, window", "wide heads", "BlackMamba", "float32 stream"],
-)
+    ids=[
+        "mamba", "batch", "moe", "mlp", "attention", "rotary, window", "wide heads", "wide heads, bfloat16",
+        "BlackMamba", "float32 stream",
+    ],
+)  # fmt: skip
 def test_activations_bound_what_a_prefill_allocates(changes, context, chunk, batch):
     config = preset("tour", **changes)
     model = Jamba(config).to(getattr(torch, config.dtype))
@@ -272,6 +279,13 @@ def test_only_the_experts_are_quantised_and_scales_count(quantize, bits_a_weight
     scales = {"int8": 4 * (f + f + d), "int4": 2 * (f + f + d)}[quantize]  # rows of 32 and 48 fit in one group of 64
     assert plan.part_bytes["moe"] == 4 * (e * (3 * d * f * bits_a_weight // 8 + scales) + 4 * e * d)
     assert all(plan.part_bytes[part] == plain.part_bytes[part] for part in plan.part_bytes if part != "moe")
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_biases_of_experts_are_not_quantised(quantize):
+    config = preset("tiny")
+    extra = budget(dataclasses.replace(config, mlp_bias=True), quantize=quantize).part_bytes["moe"]
+    assert extra - budget(config, quantize=quantize).part_bytes["moe"] == 4 * 4 * (48 + 48 + 32) * 4  # float32
 
 
 def test_int4_groups_of_64():

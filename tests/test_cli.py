@@ -231,6 +231,9 @@ def test_budget_of_a_preset_and_of_a_file(run, theirs):
     _, shown, _ = run("budget", "jamba-v0.1", "--memory", 80, "--quantize", "int8", "--context", 1024)
     assert "fits in 80 GiB" in shown
     assert "does not fit in 80 GiB" in run("budget", "--memory", 80)[1]
+    assert "any number of tokens" in run("budget", "mamba-130m", "--memory", 80)[1]
+    compared = run("budget", "--compare", "--context", 131072)[1]
+    assert "131,072 tokens" in compared and "46,702,792,704" in compared and "2.00 GiB" in compared
     total = sum(parameter.numel() for parameter in theirs[0].parameters())
     assert f"{total:,}" in run("budget", theirs[1])[1]
 
@@ -240,6 +243,8 @@ def test_budget_of_a_preset_and_of_a_file(run, theirs):
     [
         (("budget", "nowhere"), "'nowhere' is no file, and no preset: jamba-v0.1"),
         (("budget", "--context", "0"), "context is 0"),
+        (("budget", "--compare", "--context", "0"), "context is 0"),
+        (("budget", "--compare", "--memory", "80"), "--compare takes --context alone"),
         (("generate", "--model", "nowhere", "--prompt", "a"), "nowhere does not exist"),
         (("convert", "nowhere", "there"), "nowhere does not exist"),
         (("train", "nowhere.toml"), "nowhere.toml does not exist: give a recipe"),

@@ -715,3 +715,64 @@ def test_every_family_is_built_by_that_class(family):
     config = tiny(**LAYOUTS[family][0])
     assert type(mj.Jamba(config)) is mj.Jamba and config.family[0] == family
     assert not re.search("model_type", repr(list(mj.Jamba(config).state_dict())))
+
+
+# Nothing is taken for another model
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "jamba", "rope_theta": 1e4}, ["rope_theta is 10000.0", "jamba", "null"]),
+        ({"model_type": "jamba", "routing": "sinkhorn"}, ['routing is "sinkhorn"', '"softmax"']),
+        ({"model_type": "jamba", "norm_topk_prob": True}, ["norm_topk_prob is true", "false"]),
+        ({"model_type": "jamba", "residual_in_fp32": True}, ["residual_in_fp32 is true", "false"]),
+        ({"model_type": "mixtral", "norm_topk_prob": False}, ["norm_topk_prob is false", "mixtral", "true"]),
+        (
+            {"model_type": "blackmamba", "mamba_moe_layers": ["r", "8"], "num_experts_per_tok": 2},
+            ["num_experts_per_tok is 2", "1"],
+        ),
+    ],
+)
+def test_a_feature_that_the_family_does_not_have_is_refused(values, words):
+    with pytest.raises(ValueError) as refused:
+        JambaConfig.from_dict(values)
+    assert re.search(".*".join(map(re.escape, words)), str(refused.value)), refused.value
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "blackmamba"},
+        {"model_type": "blackmamba", "num_layers": 0},
+        {"model_type": "blackmamba", "num_layers": "4"},
+        {"model_type": "blackmamba", "mamba_moe_layers": 5},
+        {"model_type": "blackmamba", "mamba_moe_layers": ["r"], "routing_mode": ["top1"]},
+        {"model_type": ["llama"]},
+        {"model_type": "llama", "head_dim": "64"},
+        {"d_model": 64, "n_layer": 2, "vocab_size": "x"},
+        {"d_model": 64, "n_layer": 2, "pad_vocab_size_multiple": 0},
+        {"d_model": 64, "n_layer": 2, "ssm_cfg": "Mamba1"},
+        {"architectures": 5},
+    ],
+    ids=str,
+)
+def test_entries_of_the_wrong_kind_are_a_sentence(values):
+    with pytest.raises(ValueError, match=r"but must be|but num_layers|are absent") as refused:
+        JambaConfig.from_dict(values)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match="model_type is"):
+        JambaConfig(model_type=["x"])
+
+
+def test_special_tokens_survive_a_file():
+    """The tokenizer of a model that is trained here is another than that of the release."""
+
+    def check(tokens):
+        for name in ("blackmamba-1.5b", "mamba-130m", "llama-2-7b"):
+            config = preset(name, bos_token_id=1, eos_token_id=2, pad_token_id=5)
+            again = JambaConfig.from_dict(config.to_dict())
+            assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == tokens
+
+    check((1, 2, 5))
+    assert_rejects(check, (0, 0, 0))

@@ -3,6 +3,7 @@ one of its heads is an exact induction head.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,6 +215,13 @@ def test_gradients_flow_past_a_head_that_is_off(hybrid, long_memory, tokens):
 def test_parts_that_do_not_exist(model, parts, problem):
     with pytest.raises(ValueError, match=problem), probes.switched_off(model, parts):
         pass
+
+
+def test_a_layer_without_a_mixer_has_nothing_to_switch_off(hybrid):
+    model = Jamba(replace(hybrid, pattern="m- -E"))
+    for heads in ("all", [0]):
+        with pytest.raises(ValueError, match="layer 1 has no mixer"), probes.switched_off(model, {1: heads}):
+            pass
 
 
 def test_an_induction_head_made_by_hand_scores_1():

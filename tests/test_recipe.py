@@ -7,6 +7,7 @@ import pytest
 
 from minijamba import budget
 from minijamba.recipe import load_recipe, recipe_from_dict
+from minijamba.tokenizer import BOS, EOS, PAD
 
 SHIPPED = sorted((Path(__file__).parent.parent / "data" / "recipes").glob("*.toml"))
 TABLES = {"model": {"preset": "tiny"}, "data": {"folder": "texts"}}
@@ -27,6 +28,16 @@ def test_defaults_changes_and_relative_folders(tmp_path):
     assert recipe.log.prompt == "class A" and recipe.data.folder == str(tmp_path / "texts")
     config = recipe.config(300)
     assert config.num_experts == 1 and config.vocab_size == 300
+
+
+@pytest.mark.parametrize("name", ["tiny", "mamba-130m", "blackmamba-1.5b", "llama-2-7b"])
+def test_the_tokenizer_of_a_run_is_ours_whatever_the_preset(name):
+    """Documents begin with <bos> and end with <eos>, and the written config.json must say so."""
+    tables = {**TABLES, "model": {"preset": name}}
+    config = recipe_from_dict(tables).config(512)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (BOS, EOS, PAD)
+    own = recipe_from_dict({**TABLES, "model": {"preset": name, "eos_token_id": 7}}).config(512)
+    assert own.eos_token_id == 7
 
 
 WRONG = {

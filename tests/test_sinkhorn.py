@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import assert_names, refusal
 from torch import Tensor
 
 import minijamba as mj
@@ -522,7 +523,6 @@ def test_the_router_learns_through_the_gate_alone(layer, monkeypatch):
 def test_training_loads_the_experts_evenly(layer, monkeypatch):
     x = draw(4, 1024, 16)
 
-    @torch.no_grad()
     def check(route=route):
         _, routing = with_route(monkeypatch, route, lambda: layer(x))
         assert busiest(routing.indices, 8) < 1.3
@@ -538,7 +538,6 @@ def test_training_loads_the_experts_evenly(layer, monkeypatch):
 def test_splitting_a_batch_changes_nothing_after_training(layer):
     x = draw(4, 32, 16)
 
-    @torch.no_grad()
     def check(training):
         layer.train(training)
         whole = layer(x)[0]
@@ -559,7 +558,6 @@ def test_padding_changes_no_choice_in_training(model, monkeypatch):
     real = torch.stack([torch.ones(10, dtype=torch.bool), torch.arange(10) >= 4])
     packed, segments = tokens[None, :16], (torch.arange(16) >= 10).long()[None]
 
-    @torch.no_grad()
     def check(route):
         def run():
             trace = mj.Trace()
@@ -594,7 +592,6 @@ def test_text_is_written_as_after_training(model):
         assert model.training and all(module.training for module in model.modules())
         assert text == mj.generate(model.eval(), prompt, max_new_tokens=12, stop=()).tolist()
 
-    @torch.no_grad()
     def with_the_choice_of_training():
         model.train()
         cache, new = model.new_cache(), []
@@ -633,12 +630,39 @@ def test_softmax_routing_is_the_same_in_training(layer, monkeypatch):
     softmax.load_state_dict(layer.state_dict())
     x = draw(2, 24, 16)
 
-    @torch.no_grad()
     def check(layer):
         assert_matches(layer.train()(x)[0], layer.eval()(x)[0], 0, "mixture")
 
     check(softmax)
     assert_rejects(check, layer)
+
+
+def test_whoever_reads_a_model_reads_each_token_by_itself(layer):
+    """Without gradients nothing is trained, so the choice is that of use whatever the mode: splits change nothing."""
+    x = draw(4, 32, 16)
+    expected = layer.eval()(x)[0]
+    layer.train()
+
+    def check(gradients):
+        with torch.set_grad_enabled(gradients):
+            assert_matches(layer(x)[0], expected, 1e-12, "mixture")
+
+    check(False)
+    assert_rejects(check, True)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda logits: route(logits, 1, "sinkhron"), ["'sinkhron'", "softmax, sigmoid, sinkhorn"]),
+        (lambda logits: route(logits, 9), ["to 9 of 8 experts"]),
+        (lambda logits: route(logits, 0), ["to 0 of 8 experts"]),
+        (lambda logits: sinkhorn(logits, 0), ["sweeps is 0", "one at least"]),
+    ],
+    ids=["routing", "too many", "none", "sweeps"],
+)
+def test_what_cannot_be_routed_is_refused(call, words):
+    assert_names(refusal(call, draw(5, 8)), words)
 
 
 # Loads

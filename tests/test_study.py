@@ -72,7 +72,7 @@ def test_twins_differ_in_their_mixers_alone(hybrid):
         assert mixers == {"mamba": {"mamba"}, "attention": {"attention"}}
         assert twin(hybrid, "hybrid") == hybrid, "whatever its width is a multiple of"
         for kind in ("mamba", "attention"):
-            own = {"attn_layer_period", "attn_layer_offset", "intermediate_size"}
+            own = {"pattern", "intermediate_size"}
             assert all(
                 getattr(twin(hybrid, kind), name) == value for name, value in vars(hybrid).items() if name not in own
             )
@@ -88,6 +88,9 @@ def test_twins_differ_in_their_mixers_alone(hybrid):
 
     check(study.twin)
     assert_rejects(check, with_fewer_experts, all_hybrids)
+    mixed = replace(hybrid, pattern="m- -E A+", num_hidden_layers=6)
+    assert study.twin(mixed, "mamba").schedule == "m- -E m+ m- -E m+"
+    assert study.twin(mixed, "attention").schedule == "A- -E A+ A- -E A+"
 
 
 @pytest.mark.parametrize("config", [load_recipe(study.RECIPE).config(4096), preset("small")])

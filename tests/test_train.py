@@ -226,9 +226,18 @@ def test_only_matrices_decay(model):
         decaying, _ = parameter_groups(model, 0.1)
         return [{**decaying, "params": list(model.parameters())}, {"params": [], "weight_decay": 0.0}]
 
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    check(parameter_groups(model, 0.1))
+    biased = replace(model.config, mlp_bias=True, router_bias=True, head_bias=True)
+    for either in (Jamba(biased), model):
+        names = {id(parameter): name for name, parameter in either.named_parameters()}
+        check(parameter_groups(either, 0.1))
     assert_rejects(check, everything_decays())
+
+
+def test_new_biases_are_zero_but_for_those_with_a_start_of_their_own(model):
+    biased = replace(model.config, mlp_bias=True, router_bias=True, head_bias=True, mamba_proj_bias=True)
+    for name, parameter in Jamba(biased).named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all() != name.endswith(("dt_proj.bias", "conv1d.bias")), name
 
 
 def test_a_tied_head_is_an_embedding():

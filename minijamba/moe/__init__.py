@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..config import JambaConfig
+from ..config import ACTIVATIONS, JambaConfig
 from ..rungs import choose, why_no_kernels
 from . import grouped, naive
 from .router import Routing, balance_loss, expert_load, route, sinkhorn
@@ -55,8 +55,10 @@ def mixture(
     Returns: y (tokens, d).
     Source:  Jamba, section 2.
     """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}, but must be one of {', '.join(ACTIVATIONS)}")
     run = choose("moe", rung, rungs(x.device, biases is not None), x.device)
-    return run(x, weights, indices, gate, up, down, act, *([] if biases is None else [biases]))
+    return run(x, weights, indices, gate, up, down, act, biases)
 
 
 class Experts(nn.Module):
@@ -89,7 +91,9 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Router and experts: x (b, t, d) -> y (b, t, d), and how the tokens were routed.
 
-    real (b, t) bool says which tokens are not padding: only those count where a choice depends on all tokens.
+    Sinkhorn's choice, which depends on all tokens, is made in training alone: in training mode, with gradients on.
+    Whoever only reads a model reads each token by itself. Of all tokens only those count that `real` (b, t) bool says
+    are no padding.
     """
 
     def __init__(self, config: JambaConfig) -> None:
@@ -101,8 +105,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Routing]:
         logits = self.router(x)
         weights, indices = route(
-            logits.flatten(0, 1), self.chosen, self.routing, renormalise=self.renormalise, training=self.training,
-            real=None if real is None else real.flatten(),
+            logits.flatten(0, 1), self.chosen, self.routing, renormalise=self.renormalise,
+            training=self.training and torch.is_grad_enabled(), real=None if real is None else real.flatten(),
         )  # fmt: skip
         y = self.experts(x.flatten(0, 1), weights.to(x.dtype), indices)
         return y.view_as(x), Routing(logits, indices.view(*x.shape[:2], self.chosen))

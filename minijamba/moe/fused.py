@@ -1,7 +1,7 @@
 """The mixture of experts on a GPU: sorted on the device, so that nothing waits for the host and a graph can record it.
 
     rows  = x[token]                                       a row for every choice, those of an expert side by side
-    inner = weight silu(rows gate^T) * (rows up^T)         with every row's own expert
+    inner = weight act(rows gate^T) * (rows up^T)          with every row's own expert
     y_t   = sum of the k rows of (inner down^T) that are t's
 
 The weight of a choice is applied inside, where the definition applies it to the result: the same, as `down` is linear,
@@ -28,9 +28,10 @@ TILE, WARPS = 2048, 4
 
 
 def mixture(
-    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, act: str = "silu"
-) -> Tensor:
-    """The function of `naive.mixture`, same arguments but for the biases, which no kernel adds; differentiable once.
+    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+    act: str = "silu", biases: None = None,
+) -> Tensor:  # fmt: skip
+    """The function of `naive.mixture`, same arguments, without biases, which no kernel adds; differentiable once.
 
     All experts at once in bfloat16 (or under autocast to it) where d and f are multiples of 8, on Hopper GPUs;
     otherwise one after the other, for which the host has to know how many tokens each has.

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import ROUTINGS
+
 SHARPNESS = 2.0  # of the logits, before Sinkhorn balances them
 SWEEPS = 2
 
@@ -38,6 +40,11 @@ def route(
     Returns: weights (..., k), float32 at least, and indices (..., k) int64.
     Source:  Jamba, section 2; BlackMamba (arXiv 2402.01771) and its code.
     """
+    if routing not in ROUTINGS or not 1 <= k <= logits.shape[-1]:
+        raise ValueError(
+            f"routing is {routing!r}, to {k} of {logits.shape[-1]} experts, but must be one of {', '.join(ROUTINGS)}, "
+            f"to 1 of them or more"
+        )
     wide = torch.promote_types(logits.dtype, torch.float32)
     scores = logits.softmax(-1, dtype=wide) if routing == "softmax" else logits.to(wide).sigmoid()
     if routing == "sinkhorn" and training:
@@ -63,10 +70,12 @@ def sinkhorn(
     Args:
         logits: (tokens, e).
         sweeps: at least 1. On trained routers two, the default, bring the busiest expert below 1.7 times its share.
-        real:   (tokens,) bool, False for tokens that take no share.
+        real:   (tokens,) bool, False for tokens that take no share; some must.
     Returns: plan (tokens, e), of sum 1, float32 at least.
     Source:  Sinkhorn, 1967; BlackMamba (arXiv 2402.01771) for the start; its code for the factor 2.
     """
+    if sweeps < 1:
+        raise ValueError(f"sweeps is {sweeps}, but a plan takes one at least")
     plan = SHARPNESS * logits.to(torch.promote_types(logits.dtype, torch.float32))  # its logarithm, until the end
     tokens, experts = logits.shape
     if real is None:
@@ -83,6 +92,8 @@ def sinkhorn(
 
 def balance_loss(router_logits: list[Tensor], k: int, mask: Tensor | None = None) -> Tensor:
     """The Switch loss over the tokens of all MoE layers together: e sum_i f_i p_i.
+
+    It judges the softmax of the logits and its k largest, whatever the routing.
 
     f_i: choices of expert i a token (they sum to k); p_i: mean router probability of expert i. Perfect balance gives k,
     all tokens on the same k experts gives up to e.
