@@ -67,7 +67,7 @@ def weights(config: JambaConfig) -> list[Weight]:
 def released(config: JambaConfig) -> dict[str, list[Weight]]:
     """Every tensor in the released layout of the config's family, and which of ours it holds, row after row."""
     found: dict[str, list[Weight]] = {}
-    names = config.family[1].names
+    names = config.family.names
     for weight in weights(config):
         found.setdefault(rename(weight.name, names), []).append(weight)
     return found

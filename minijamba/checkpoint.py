@@ -94,7 +94,7 @@ def load(
     device = find_device(device)
     config = _config(locate(path_or_repo_id, weights=False))
     _memory(config, dtype, device, path_or_repo_id)
-    path = locate(path_or_repo_id, pickled=config.family[1].pickle)
+    path = locate(path_or_repo_id, pickled=config.family.pickle)
     stored = _match(config, path)
     config = _with_stored_dtype(config, path, stored)
     dtype, total = _memory(config, dtype, device, path_or_repo_id)
@@ -155,7 +155,7 @@ def convert(
     """
     path = locate(source, weights=False)
     config = _config(path)
-    path = locate(source, pickled=config.family[1].pickle)
+    path = locate(source, pickled=config.family.pickle)
     stored = _match(config, path)
     config = _with_stored_dtype(config, path, stored)
     file_dtype = _dtype(dtype, config.dtype, DTYPES)
@@ -275,7 +275,7 @@ class Stored(NamedTuple):
 
 def _match(config: JambaConfig, path: Path) -> dict[str, Stored]:
     """Our name -> where it is stored; ValueError unless the file holds exactly what the config describes."""
-    family, layout = config.family[1], released(config)
+    family, layout = config.family, released(config)
     stored = _read_headers(path, family)
     shapes = {name: _joined_shape([weight.shape for weight in parts]) for name, parts in layout.items()}
     found = {name: stored.get(name) or stored.get(rename(name, family.older)) for name in shapes}

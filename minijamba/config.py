@@ -145,10 +145,11 @@ class JambaConfig:
         return " ".join(mixers[layer.mixer] + feed_forwards[layer.feed_forward] for layer in self.layers)
 
     @property
-    def family(self) -> tuple[str, Family]:
-        """Name and layout of the family in whose files the model is saved."""
-        name = self.model_type or next(name for name, family in FAMILIES.items() if family.why_not(self) is None)
-        return name, FAMILIES[name]
+    def family(self) -> Family:
+        """The family in whose layout the model is saved: that of model_type, or else the first that can say it."""
+        if self.model_type is not None:
+            return FAMILIES[self.model_type]
+        return next(family for family in FAMILIES.values() if family.why_not(self) is None)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

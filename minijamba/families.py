@@ -24,6 +24,7 @@ FEATURES = {
 class Family:
     """How the models of one family are written down."""
 
+    name: str  # model_type in config.json
     architecture: str  # in config.json
     codes: str  # of the layers that it may have, as in `JambaConfig.schedule`
     fields: dict[str, str]  # our field -> its name in config.json
@@ -120,11 +121,11 @@ def read_config(values: dict) -> dict:
 
 def write_config(config) -> dict:
     """The content of a config.json, in the layout of the config's family."""
-    model_type, family = config.family
+    family = config.family
     values = {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     # Every release of transformers reads torch_dtype; only the later ones read dtype.
-    about = {"architectures": [family.architecture], "model_type": model_type}
+    about = {"architectures": [family.architecture], "model_type": family.name}
     return about | values | family.write(config) | {"torch_dtype": config.dtype}
 
 
@@ -366,57 +367,13 @@ _SCHEDULE = _itself(
     "attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset", "num_experts"
 )  # fmt: skip
 
-_LLAMA = {
-    "architecture": "LlamaForCausalLM",
-    "codes": "A+",
-    "fields": _SIZES | _COMMON | _ATTENTION | _TOKENS | _itself("hidden_act", "rope_theta"),
-    "derived": ("head_width",),
-    "start": {
-        "vocab_size": 32000, "intermediate_size": 11008, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
-        "rope_theta": 1e4, "pad_token_id": None,
-    },
-    "same": {"attn_layer_period": 1, "attn_layer_offset": 0, "num_experts": 1},
-    "names": {
-        "feed_forward.": "mlp.",
-        "pre_ff_layernorm": "post_attention_layernorm",
-        "model.final_layernorm": "model.norm",
-    },
-    "passed_over": "rotary_emb.inv_freq",  # in early files: the rates of the positions, which follow from rope_theta
-    "read": _read_llama,
-    "write": _write_transformer,
-    "misfit": _no_positions,
-}  # fmt: skip
-_MISTRAL = _LLAMA | {
-    "architecture": "MistralForCausalLM",
-    "fields": _LLAMA["fields"] | _itself("sliding_window"),
-    "start": _LLAMA["start"] | {
-        "intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
-    },
-    "read": _read_transformer,
-}  # fmt: skip
-_MIXTRAL = _MISTRAL | {
-    "architecture": "MixtralForCausalLM",
-    "codes": "AE",
-    "fields": _MISTRAL["fields"] | _EXPERTS | {"num_experts": "num_local_experts"},
-    "start": _MISTRAL["start"] | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_experts": 8},
-    "same": {
-        "attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1, "expert_layer_offset": 0,
-        "norm_topk_prob": True,
-    },
-    "only": {"router_jitter_noise": 0.0},
-    "names": {
-        "feed_forward.router": "block_sparse_moe.gate",
-        "feed_forward.": "block_sparse_moe.",
-        "gate_proj": "w1",
-        "up_proj": "w3",
-        "down_proj": "w2",
-        "pre_ff_layernorm": "post_attention_layernorm",
-        "model.final_layernorm": "model.norm",
-    },
-}  # fmt: skip
+_TRANSFORMER = _SIZES | _COMMON | _ATTENTION | _TOKENS | _itself("hidden_act", "rope_theta")
+_TRANSFORMER_NAMES = {"pre_ff_layernorm": "post_attention_layernorm", "model.final_layernorm": "model.norm"}
+_ATTENTION_EVERYWHERE = {"attn_layer_period": 1, "attn_layer_offset": 0}
 
-FAMILIES = {
-    "jamba": Family(
+_FAMILIES = (
+    Family(
+        name="jamba",
         architecture="JambaForCausalLM",
         codes="m+ mE A+ AE",
         fields=_SIZES | _COMMON | _ATTENTION | _SCHEDULE | _EXPERTS | _MAMBA | _TOKENS,
@@ -435,10 +392,65 @@ FAMILIES = {
         write=_write_jamba,
         misfit=lambda config: None if _periods(config) else "has attention, and experts, at regular distances",
     ),
-    "llama": Family(**_LLAMA | {"fields": _LLAMA["fields"] | _itself("attention_bias", "mlp_bias")}),
-    "mistral": Family(**_MISTRAL),
-    "mixtral": Family(**_MIXTRAL),
-    "mamba": Family(
+    Family(
+        name="llama",
+        architecture="LlamaForCausalLM",
+        codes="A+",
+        fields=_TRANSFORMER | _itself("attention_bias", "mlp_bias"),
+        derived=("head_width",),
+        start={
+            "vocab_size": 32000, "intermediate_size": 11008, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+            "rope_theta": 1e4, "pad_token_id": None,
+        },
+        same=_ATTENTION_EVERYWHERE | {"num_experts": 1},
+        names={"feed_forward.": "mlp."} | _TRANSFORMER_NAMES,
+        passed_over="rotary_emb.inv_freq",  # in early files: the rates of the positions, which follow from rope_theta
+        read=_read_llama,
+        write=_write_transformer,
+        misfit=_no_positions,
+    ),
+    Family(
+        name="mistral",
+        architecture="MistralForCausalLM",
+        codes="A+",
+        fields=_TRANSFORMER | _itself("sliding_window"),
+        derived=("head_width",),
+        start={
+            "vocab_size": 32000, "intermediate_size": 14336, "rms_norm_eps": 1e-6, "max_position_embeddings": 131072,
+            "rope_theta": 1e4, "pad_token_id": None, "num_key_value_heads": 8, "sliding_window": 4096,
+        },
+        same=_ATTENTION_EVERYWHERE | {"num_experts": 1},
+        names={"feed_forward.": "mlp."} | _TRANSFORMER_NAMES,
+        read=_read_transformer,
+        write=_write_transformer,
+        misfit=_no_positions,
+    ),
+    Family(
+        name="mixtral",
+        architecture="MixtralForCausalLM",
+        codes="AE",
+        fields=_TRANSFORMER | _EXPERTS | _itself("sliding_window") | {"num_experts": "num_local_experts"},
+        derived=("head_width",),
+        start={
+            "vocab_size": 32000, "intermediate_size": 14336, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
+            "rope_theta": 1e6, "pad_token_id": None, "num_key_value_heads": 8, "num_experts": 8,
+        },
+        same=_ATTENTION_EVERYWHERE | {"expert_layer_period": 1, "expert_layer_offset": 0, "norm_topk_prob": True},
+        only={"router_jitter_noise": 0.0},
+        names={
+            "feed_forward.router": "block_sparse_moe.gate",
+            "feed_forward.": "block_sparse_moe.",
+            "gate_proj": "w1",
+            "up_proj": "w3",
+            "down_proj": "w2",
+            **_TRANSFORMER_NAMES,
+        },
+        read=_read_transformer,
+        write=_write_transformer,
+        misfit=_no_positions,
+    ),
+    Family(
+        name="mamba",
         architecture="MambaForCausalLM",
         codes="m-",
         fields=_SIZES | _TOKENS | _itself("tie_word_embeddings", "residual_in_fp32", "max_position_embeddings") | {
@@ -465,7 +477,8 @@ FAMILIES = {
         read=_read_mamba,
         write=lambda config: {"intermediate_size": config.d_inner, "hidden_act": "silu"},
     ),
-    "blackmamba": Family(
+    Family(
+        name="blackmamba",
         architecture="BlackMamba",
         codes="m- -E -+",
         fields=_TOKENS | {
@@ -505,13 +518,15 @@ FAMILIES = {
         misfit=_no_blackmamba,
     ),
     # Models of nobody's, such as a Jamba with rotary positions: our own names for everything. Only we read them.
-    "minijamba": Family(
+    Family(
+        name="minijamba",
         architecture="Jamba",
         codes="m- m+ mE A- A+ AE -+ -E",
         fields=_SIZES | _COMMON | _ATTENTION | _SCHEDULE | _EXPERTS | _MAMBA | _TOKENS | _itself("pattern") | {
             name: name for features in FEATURES.values() for name in features
         },
     ),
-}  # fmt: skip
+)  # fmt: skip
+FAMILIES = {family.name: family for family in _FAMILIES}
 # Entries that only one family's config.json has, where it does not name its family.
 SIGNS = {"mamba_moe_layers": "blackmamba", "ssm_cfg": "mamba", "d_model": "mamba"}

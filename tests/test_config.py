@@ -150,7 +150,7 @@ def same_meaning(ours, theirs):
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).family[0] == "jamba"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).family.name == "jamba"])
 def test_round_trip_through_transformers(name, tmp_path):
     config = preset(name)
     theirs = reference(write(tmp_path, config.to_dict()))

@@ -99,7 +99,7 @@ def test_the_blackmamba_twin_is_one_of_as_many_parameters(config):
         wanted = budget(config).total_params
         assert abs(budget(twin).total_params - wanted) < 0.02 * wanted
         assert twin.schedule.split() == ["m-", "-E"] * config.num_hidden_layers
-        assert twin.family[0] == "blackmamba" and twin.routing == "sinkhorn"
+        assert twin.family.name == "blackmamba" and twin.routing == "sinkhorn"
 
     twin = study.blackmamba_twin(config)
     check(twin)
