@@ -345,8 +345,8 @@ def _check_shapes(found: dict[str, Stored], shapes: dict[str, tuple[int, ...]]) 
 def _check_tied(head: Stored, embedding: Stored) -> None:
     if head.dtype != embedding.dtype or not torch.equal(head.read(), embedding.read()):
         raise ValueError(
-            f"{head.file}: {head.name} differs from {embedding.name}, but {CONFIG} says tie_word_embeddings: set that "
-            f"to false to use both, or take {head.name} out of the file"
+            f"{head.file}: {head.name} differs from {embedding.name}, but the model ties them: set "
+            f"tie_word_embeddings to false where {CONFIG} has it, or take {head.name} out of the file"
         )
 
 
