@@ -14,7 +14,9 @@ from .norm import RMSNorm
 class Block(nn.Module):
     """h = h + mixer(norm(h));  h = h + feed_forward(norm(h)).
 
-    x (b, t, d) -> h (b, t, d), and how the tokens were routed, None where there are no experts.
+    Takes the stream h (b, t, d) and what the layer before adds to it, y (b, t, d) or None; returns both anew, y being
+    this layer's own, and how the tokens were routed, None where there are no experts. So each sum is formed together
+    with the norm that follows it.
     Source: Jamba, figure 1.
     """
 
@@ -36,17 +38,16 @@ class Block(nn.Module):
         return getattr(self, "self_attn", None) or getattr(self, "mamba", None)
 
     def forward(
-        self, x: Tensor, layout: Layout, cache: KeyValues | MambaState | None = None
-    ) -> tuple[Tensor, Routing | None]:
-        if self.mixer is None:
-            h, normed = x, self.pre_ff_layernorm(x)
-        else:
-            y = self.mixer(self.input_layernorm(x), layout, cache)
-            if not hasattr(self, "feed_forward"):
-                return x + y, None
-            h, normed = self.pre_ff_layernorm.of_sum(x, y)
-        if isinstance(self.feed_forward, MoE):
-            y, routing = self.feed_forward(normed, layout.real)
-        else:
-            y, routing = self.feed_forward(normed), None
-        return h + y, routing
+        self, h: Tensor, y: Tensor | None, layout: Layout, cache: KeyValues | MambaState | None = None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        routing = None
+        if self.mixer is not None:
+            h, normed = self.input_layernorm.of_sum(h, y)
+            y = self.mixer(normed, layout, cache)
+        if hasattr(self, "feed_forward"):
+            h, normed = self.pre_ff_layernorm.of_sum(h, y)
+            if isinstance(self.feed_forward, MoE):
+                y, routing = self.feed_forward(normed, layout.real)
+            else:
+                y = self.feed_forward(normed)
+        return h, y, routing

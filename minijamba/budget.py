@@ -15,12 +15,13 @@ import torch
 
 from .config import JambaConfig, preset
 from .families import rename
+from .quantize import packed_bits, packed_bytes, packed_shapes, scheme
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARTS = ("embedding", "mamba", "attention", "mlp", "moe", "norms", "head")
 NORMS = ("input_layernorm", "pre_ff_layernorm")  # of a layer's mixer and of its feed-forward
-INT4_GROUP = 64  # weights along the input that share one scale
 KEPT_FLOAT32 = ("mamba.A_log", "mamba.dt_proj.bias")  # in memory, also in a model of half precision
+REMEDY = "use a shorter context, a smaller batch, a dtype or quantize of fewer bits, or a device with more memory"
 LONGEST = 2**40  # tokens; a model that has memory for these has it for any number
 
 # The Transformers that the Jamba paper compares with, and all models whose papers this package follows.
@@ -200,6 +201,8 @@ class Budget:
     quantize: str | None
     dtype: str
     chunk: int
+    kv: str | None = None
+    kernels: bool = False
 
     @cached_property
     def weights(self) -> list[Weight]:
@@ -224,13 +227,12 @@ class Budget:
         return {part: sum(value(weight) for weight in self.weights if weight.part == part) for part in PARTS}
 
     def _held_bytes(self, weight: Weight) -> int:
-        if weight.expert is None or self.quantize is None or len(weight.shape) == 1:
-            kept = weight.name.endswith(KEPT_FLOAT32)
-            return weight.size * (max(4, self.itemsize) if kept else self.itemsize)
-        outputs, inputs = weight.shape
-        if self.quantize == "int8":
-            return outputs * (inputs + 4)
-        return outputs * (math.ceil(inputs / 2) + 2 * math.ceil(inputs / INT4_GROUP))
+        if bits := self._bits(weight):
+            return packed_bytes(weight.shape, bits)
+        return weight.size * (max(4, self.itemsize) if weight.name.endswith(KEPT_FLOAT32) else self.itemsize)
+
+    def _bits(self, weight: Weight) -> int | None:
+        return packed_bits(weight.name, weight.part, self.quantize)
 
     @property
     def itemsize(self) -> int:
@@ -262,7 +264,9 @@ class Budget:
     @property
     def kv_bytes(self) -> int:
         """Keys and values of all sequences, full to `context`."""
-        return self.batch * kv_bytes(*_kv(self.config), self.context, self.itemsize)
+        layers, heads, width = _kv(self.config)
+        scales = 0 if self.kv is None else kv_bytes(layers, heads, 1, self.context, 4)
+        return self.batch * (kv_bytes(layers, heads, width, self.context, 1 if self.kv else self.itemsize) + scales)
 
     @property
     def ssm_bytes(self) -> int:
@@ -283,7 +287,8 @@ class Budget:
 
     @property
     def activation_bytes(self) -> int:
-        """Working memory of the prefill, `chunk` tokens of each sequence at a time: a bound for the parallel rungs.
+        """Working memory of the prefill, `chunk` tokens of each sequence at a time: a bound for the parallel rungs,
+        or for the kernels.
 
         With T = b min(chunk, context) tokens in flight, in values of `dtype` unless float32 is said:
 
@@ -291,26 +296,47 @@ class Budget:
             Mamba            T (6 c + r + 2 n), T 8 c float32, and four blocks of states of the scan, each
                              min(T c n, max(2^20, 16 b c n)) float32
             attention        T (3 d + 3 h p), T 4 h p float32 for rotary positions, and the mask: T context bool and as
-                             many values
+                             many values; kernels in half precision need none, but T 2 h p float32 for sums
+            keys, values     in 8 bits: those of a layer, unpacked
             MLP              T 3 f
-            MoE              T (5 k d + 3 f), and T 2 e float32: every token may choose the same expert
+            MoE              T (5 k d + 3 f), and T 2 e float32: every token may choose the same expert; kernels, which
+                             take all experts at once, T 3 k f
             sampling         8 b v float32
+            packed weights   a matrix of m numbers while it is unpacked, 9 m bytes; of experts also six that are
+                             unpacked, or one projection of all of them, max(9 m bytes + 6 m, e m); kernels m or e m
         """
         config, size, tokens = self.config, self.itemsize, self.batch * min(self.chunk, self.context)
         width = config.num_attention_heads * config.head_dim
         d, f, c, n = config.hidden_size, config.intermediate_size, config.d_inner, config.mamba_d_state
         k, e = config.num_experts_per_tok, config.num_experts
         turned = 0 if config.rope_theta is None else 4 * width * max(4, size)
+        mask = self.context * (1 + size) if not (self.kernels and size == 2) else 2 * width * 4
+        heads = config.num_key_value_heads * config.head_dim
+        unpacked = 0 if self.kv is None else 2 * self.batch * self.context * heads
         states = min(tokens * c * n, max(2**20, 16 * self.batch * c * n))
         kinds = {
             "mamba": tokens * ((6 * c + config.mamba_dt_rank + 2 * n) * size + 8 * c * 4) + 4 * states * 4,
-            "attention": tokens * (3 * (d + width) * size + turned + self.context * (1 + size)),
+            "attention": tokens * (3 * (d + width) * size + turned + mask) + unpacked * size,
             "mlp": tokens * 3 * f * size,
-            "moe": tokens * ((5 * k * d + 3 * f) * size + 2 * e * 4),
+            "moe": tokens * ((5 * k * d + 3 * f * (k if self.kernels else 1)) * size + 2 * e * 4),
         }
         largest = max(kinds[kind] for layer in config.layers for kind in layer if kind)
         stream = max(4, size) if config.residual_in_fp32 else size
-        return tokens * 6 * d * stream + largest + 8 * self.batch * config.vocab_size * 4
+        return tokens * 6 * d * stream + largest + 8 * self.batch * config.vocab_size * 4 + self._unpacked_bytes()
+
+    def _unpacked_bytes(self) -> int:
+        """The most that unpacking takes at once. 9 bytes a number, padding included: integers and their products with
+        the scales, in float32."""
+        sizes = [0]
+        for weight in self.weights:
+            if bits := self._bits(weight):
+                single = 9 * math.prod(packed_shapes(weight.shape, bits)[0]) * (1 if bits == 8 else 4)
+                matrix, experts = weight.size * self.itemsize, self.config.num_experts
+                if self.kernels:
+                    sizes.append(matrix if weight.expert is None else experts * matrix)
+                    continue
+                sizes.append(single if weight.expert is None else max(single + 6 * matrix, experts * matrix))
+        return max(sizes)
 
     @property
     def working_bytes(self) -> int:
@@ -368,16 +394,17 @@ class Budget:
         rows += [("KV cache", "", "", self.kv_bytes), ("Mamba state", "", "", self.state_bytes)]
         rows += [("activations", "", "", self.activation_bytes), ("total", "", "", self.total_bytes)]
         lines = [f"{'':11} {'parameters':>19} {'active':>18} {'memory':>12}"]
-        lines += [f"{name:11} {params:>19} {active:>18} {_readable(size):>12}" for name, params, active, size in rows]
-        experts = f", experts in {self.quantize}" if self.quantize and self.params["moe"] else ""
-        head = f"{self.dtype}{experts}, context {self.context:,}, batch {self.batch}, prefill by {self.chunk:,} tokens"
-        files = f"files: {self.tensors:,} tensors, {_readable(self.file_bytes)} in {self.dtype}"
+        lines += [f"{name:11} {params:>19} {active:>18} {readable(size):>12}" for name, params, active, size in rows]
+        packed = f", weights in {self.quantize}" if any(map(self._bits, self.weights)) else ""
+        head = f"{self.dtype}{packed}, context {self.context:,}, batch {self.batch}, prefill by {self.chunk:,} tokens"
+        files = f"files: {self.tensors:,} tensors, {readable(self.file_bytes)} in {self.dtype}"
         forward, training = self.flops_per_token, self.training_flops_per_token
         flops = f"FLOPs a token: {forward:.3g} forward at the end of the context, {training:.3g} in training (mean)"
         return "\n".join([head, *lines, files, flops])
 
 
-def _readable(size: int) -> str:
+def readable(size: int) -> str:
+    """Bytes in GiB, MiB or KiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if size >= 0.1 * unit:
             return f"{size / unit:,.2f} {name}"
@@ -391,19 +418,24 @@ def budget(
     quantize: str | None = None,
     dtype: str | torch.dtype | None = None,
     chunk: int = 2048,
+    kv: str | None = None,
+    kernels: bool = False,
 ) -> Budget:
     """Parameters, bytes and FLOPs of a configuration, to print, draw or compare with a device's memory.
 
     Args:
         context:  tokens of each sequence; the config's max_position_embeddings by default.
         batch:    sequences.
-        quantize: how the experts' matrices are held; everything else (router, biases, dense MLPs, mixers, embeddings)
-                  stays in `dtype`.
-                  "int8": a byte a weight, a float32 scale an output channel and expert.
-                  "int4": half a byte a weight, a 16-bit scale for each 64 weights along the input.
+        quantize: how matrices are held, one of `quantize.SCHEMES`; everything else (router, biases, norms, embedding,
+                  what selects delta, B and C) stays in `dtype`.
+                  "int8": experts and dense MLPs in a byte a weight, with a float32 scale an output channel.
+                  "int4": these in half a byte, with a 16-bit scale for each 64 weights along the input, padded to 256.
+                  "int8-all", "int4-all": as these, and the projections of the mixers and the head in int8.
         dtype:    of weights, keys and values; the config's by default. A_log, delta's bias and the recurrent state are
                   float32 at least.
         chunk:    tokens of a prompt that are read at a time.
+        kv:       "int8" for keys and values in a byte a number and 4 bytes a token and head; None for `dtype`.
+        kernels:  count the working memory of a GPU's kernels, not that of the parallel rungs.
     Raises: ValueError naming the argument that is out of range.
     Source: Jamba, Table 1, for the cache; Jamba-1.5, section 3.1, and vLLM's ExpertsInt8 for "int8".
     """
@@ -412,11 +444,12 @@ def budget(
     for name, value in (("context", context), ("batch", batch), ("chunk", chunk)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
-    if quantize not in (None, "int8", "int4"):
-        raise ValueError(f'quantize is {quantize!r}, but must be None, "int8" or "int4"')
+    scheme(quantize)
+    if kv not in (None, "int8"):
+        raise ValueError(f'kv is {kv!r}, but must be None or "int8"')
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
-    return Budget(config, context, batch, quantize, dtype, chunk)
+    return Budget(config, context, batch, quantize, dtype, chunk, kv, kernels)
 
 
 def compare(configs: dict[str, JambaConfig] | None = None, context: int = 262144) -> str:
@@ -432,34 +465,39 @@ def compare(configs: dict[str, JambaConfig] | None = None, context: int = 262144
         table = budget(config, context, dtype="bfloat16")
         lines.append(
             f"{name:16} {len(config.layers):>7} {table.total_params:>16,} {table.active_params:>15,} "
-            f"{_readable(table.kv_bytes) if table.kv_bytes else '-':>11} "
-            f"{_readable(table.state_bytes) if table.state_bytes else '-':>10} "
+            f"{readable(table.kv_bytes) if table.kv_bytes else '-':>11} "
+            f"{readable(table.state_bytes) if table.state_bytes else '-':>10} "
             f"{flops_per_token(config, 1):>14.3g} {table.flops_per_token:>11.3g}"
         )
     return "\n".join(lines)
 
 
 def available_memory(device: str | torch.device = "cpu") -> int:
-    """Bytes that can still be allocated on a device: free memory of a GPU, otherwise of the machine."""
+    """Bytes that can still be allocated on a device: free memory of a GPU, as far as this process may take it,
+    otherwise of the machine."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        (free, total), reserved = torch.cuda.mem_get_info(device), torch.cuda.memory_reserved(device)
+        limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device) * total
+        return min(free, int(limit) - reserved) + reserved - torch.cuda.memory_allocated(device)
     import psutil
 
     return psutil.virtual_memory().available
 
 
-def refuse_if_too_large(need_bytes: int, device: str | torch.device, what: str) -> None:
+def refuse_if_too_large(
+    need_bytes: int,
+    device: str | torch.device,
+    what: str,
+    remedy: str = REMEDY,
+) -> None:
     """Refuse what a device cannot hold, before anything is allocated.
 
     what: the subject of the sentence, as "a context of 262,144 tokens".
-    Raises: ValueError with the bytes needed, the bytes free and the remedies. Nothing is refused on "meta".
+    Raises: ValueError with the bytes needed, the bytes free and the remedy. Nothing is refused on "meta".
     """
     if torch.device(device).type == "meta":
         return
     free = available_memory(device)
     if need_bytes > free:
-        raise ValueError(
-            f"{what} needs {_readable(need_bytes)}, but {device} has {_readable(free)} free: use a shorter context, "
-            f"a smaller batch, a dtype or quantize of fewer bits, or a device with more memory"
-        )
+        raise ValueError(f"{what} needs {readable(need_bytes)}, but {device} has {readable(free)} free: {remedy}")

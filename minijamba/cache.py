@@ -6,6 +6,7 @@ apart, so that any split of a sequence, any padding and any reuse gives the logi
 
 import copy
 import json
+import math
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ class Layout:
     past:      slots in use before this call, in the fullest row.
     visible:   (b or 1, t, s) bool, which slots each token attends to, or None for plain causal attention.
     places:    (b, t) int64, the place of each token in its document, or None when it is past, past + 1, ...
+    ends:      (b,) int64, of one token in a fixed cache: the slots in use with it. All other slots come as well.
     """
 
     real: Tensor | None = None
@@ -38,6 +40,7 @@ class Layout:
     past: int = 0
     visible: Tensor | None = None
     places: Tensor | None = None
+    ends: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor | None:
@@ -99,10 +102,36 @@ class KeyValues:
 
     def extend(self, keys: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Write the call's keys and values (b, t, g, p) to their slots; return all slots in use, (b, s, g, p)."""
-        slots = layout.past + keys.shape[1]
+        slots = self.keys.shape[1] if layout.ends is not None else layout.past + keys.shape[1]
         self.keys = _write(_room(self.keys, slots, keys), keys, layout)
         self.values = _write(_room(self.values, slots, values), values, layout)
         return self.keys[:, :slots], self.values[:, :slots]
+
+
+class PackedKeyValues(KeyValues):
+    """The same in 8 bits: keys and values int8, each head of each token with a float32 scale, (b, slots, g) each."""
+
+    def __init__(self, keys: Tensor, values: Tensor, key_scales: Tensor, value_scales: Tensor) -> None:
+        super().__init__(keys, values)
+        self.key_scales, self.value_scales = key_scales, value_scales
+
+    def extend(self, keys: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        (packed_keys, key_scales), (packed_values, value_scales) = _pack(keys), _pack(values)
+        slots = self.keys.shape[1] if layout.ends is not None else layout.past + keys.shape[1]
+        self.key_scales = _write(_room(self.key_scales, slots, key_scales), key_scales, layout)
+        self.value_scales = _write(_room(self.value_scales, slots, value_scales), value_scales, layout)
+        all_keys, all_values = super().extend(packed_keys, packed_values, layout)
+        return (
+            all_keys * self.key_scales[:, :slots, :, None].to(keys.dtype),
+            all_values * self.value_scales[:, :slots, :, None].to(keys.dtype),
+        )
+
+
+def _pack(heads: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers -127 .. 127 (b, t, g, p) int8 and the scales (b, t, g) that they are multiplied by."""
+    heads = heads.float()
+    scales = heads.abs().amax(-1) / 127
+    return (heads / scales.clamp(min=1e-30)[..., None]).round().to(torch.int8), scales
 
 
 def _room(buffer: Tensor, slots: int, new: Tensor) -> Tensor:
@@ -145,6 +174,7 @@ class Cache:
         batch:    sequences, b.
         capacity: slots to make room for at once, tokens; grows by itself when they are used up.
         dtype:    of keys, values and windows: the model's. The recurrent state is at least float32.
+        kv:       None, or "int8": keys and values take a byte a number, and 4 bytes more a token and head.
     """
 
     def __init__(
@@ -155,8 +185,11 @@ class Cache:
         capacity: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        kv: str | None = None,
     ) -> None:
-        self.config = config
+        if kv not in (None, "int8"):
+            raise ValueError(f'kv is {kv!r}, but must be None or "int8"')
+        self.config, self.dtype, self.kv = config, dtype, kv
         wide = torch.promote_types(dtype, torch.float32)
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -166,8 +199,12 @@ class Cache:
             if mixer is None:
                 return None
             if mixer == "attention":
-                kv = (capacity, config.num_key_value_heads, config.head_dim)
-                return KeyValues(empty(*kv), empty(*kv))
+                heads = (capacity, config.num_key_value_heads)
+                size = (*heads, config.head_dim)
+                if kv is None:
+                    return KeyValues(empty(*size), empty(*size))
+                scales = empty(*heads, dtype=torch.float32), empty(*heads, dtype=torch.float32)
+                return PackedKeyValues(empty(*size, dtype=torch.int8), empty(*size, dtype=torch.int8), *scales)
             return MambaState(
                 empty(config.mamba_d_conv - 1, config.d_inner),
                 empty(config.d_inner, config.mamba_d_state, dtype=wide),
@@ -177,6 +214,7 @@ class Cache:
         self.lengths = empty(dtype=torch.long)
         self.filled = 0  # slots in use in the fullest row: lengths.max(), known without asking the device
         self.ragged = False
+        self.fixed = False  # whether calls of one token leave every tensor where it is, in its size
         self.whole = True  # False while a call is under way, and for good if it breaks off
         self.segment = torch.full_like(self.lengths, _UNNAMED)  # (b,) the segment id that each row stands in
         self.documents: Tensor | None = None  # (b, slots) which document each slot belongs to
@@ -188,6 +226,8 @@ class Cache:
         """
         self._check_whole()
         self.whole = False
+        if self.fixed and steps == 1 and segments is None:
+            return self._advance_one(real)
         past = self.filled
         positions = self.lengths[:, None] + torch.arange(steps, device=self.lengths.device)
         ragged = self.ragged or real is not None
@@ -200,12 +240,45 @@ class Cache:
         self.lengths = self.lengths + (steps if real is None else real.sum(1))
         self.filled = past + steps
         if real is not None:
-            self._measure()
+            self.measure()
         places = _places(visible, positions)
         visible = _windowed(visible, positions, past + steps, self.config.sliding_window)
         return Layout(real, documents, fresh, positions if ragged else None, past, visible, places)
 
-    def _measure(self) -> None:
+    @property
+    def capacity(self) -> float:
+        """Slots that there is room for; infinite without attention."""
+        return min((layer.keys.shape[1] for layer in self.layers if isinstance(layer, KeyValues)), default=math.inf)
+
+    def fix(self, capacity: int) -> None:
+        """Make room for `capacity` slots for good, so that a CUDA graph can record calls of one token.
+
+        Such calls only know that a row has one slot more at most: call `measure` after them.
+        Raises: ValueError for a cache with packed documents.
+        """
+        if self.documents is not None:
+            raise ValueError("a cache of packed documents cannot be fixed: start each document in a row of its own")
+        for layer in self.layers:
+            if isinstance(layer, KeyValues):
+                more = max(capacity - layer.keys.shape[1], 1 - layer.keys.shape[1], 0)
+                for name, buffer in vars(layer).items() if more else ():
+                    setattr(layer, name, F.pad(buffer, (0, 0) * (buffer.dim() - 2) + (0, more)))
+        self.fixed = True
+
+    def _advance_one(self, real: Tensor | None) -> Layout:
+        if self.filled >= self.capacity:
+            self.measure()
+            if self.filled >= self.capacity:
+                self.fix(2 * self.capacity)
+        positions = self.lengths[:, None].clone()
+        self.lengths += 1 if real is None else real[:, 0]
+        self.filled += 1
+        self.ragged = self.ragged or real is not None
+        places = positions if self.config.rope_theta is not None else None
+        return Layout(real, positions=positions, past=self.filled - 1, places=places, ends=positions[:, 0] + 1)
+
+    def measure(self) -> None:
+        """Ask the device how far the rows are filled."""
         self.filled = int(self.lengths.max())
         self.ragged = bool((self.lengths != self.filled).any())
 
@@ -249,7 +322,7 @@ class Cache:
         """A copy of the given rows, in that order; a row may come twice, to try two continuations of one prompt."""
         index = torch.as_tensor(rows, device=self.lengths.device)
         new = self._map(lambda tensor: tensor[index])
-        new._measure()
+        new.measure()
         return new
 
     def _map(self, function) -> "Cache":
@@ -258,12 +331,6 @@ class Cache:
         for name, tensor in _tensors(self).items():
             _set(new, name, function(tensor))
         return new
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of keys, values and windows."""
-        first = next(layer for layer in self.layers if layer is not None)
-        return first.keys.dtype if isinstance(first, KeyValues) else first.window.dtype
 
     @property
     def nbytes(self) -> int:
@@ -287,7 +354,8 @@ class Cache:
         aside = path.with_name(path.name + ".part")
         try:
             config = asdict(self.config) | {"model_type": "minijamba"}  # which can say every config
-            save_file(tensors, aside, metadata={"config": json.dumps(config)})
+            about = {"config": config, "dtype": str(self.dtype).removeprefix("torch."), "kv": self.kv}
+            save_file(tensors, aside, metadata={"cache": json.dumps(about)})
             os.replace(aside, path)
         except (OSError, SafetensorError) as error:
             room = f"{self.nbytes:,} bytes free"
@@ -305,13 +373,14 @@ class Cache:
             raise ValueError(f"{path}: there is no such file; save a cache there first with cache.save(path)")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                about = file.metadata() or {}
-                cache = cls(JambaConfig.from_dict(json.loads(about["config"])), batch=1)
+                about = json.loads((file.metadata() or {})["cache"])
+                config, dtype = JambaConfig.from_dict(about["config"]), getattr(torch, about["dtype"])
+                cache = cls(config, batch=1, dtype=dtype, kv=about["kv"])
                 for name in file.keys():  # noqa: SIM118 (not a dictionary)
                     _set(cache, name, file.get_tensor(name))
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not a cache saved here ({error}); write one with cache.save(path)") from None
-        cache._measure()
+        cache.measure()
         return cache
 
 
@@ -332,4 +401,4 @@ def _set(cache: Cache, name: str, tensor: Tensor | None) -> None:
 
 
 def _has_slots(name: str) -> bool:
-    return name == "documents" or name.endswith((".keys", ".values"))
+    return name == "documents" or name.endswith((".keys", ".values", "_scales"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # As checkpoint.SHIPPED, whose module would take seconds to import.
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "checkpoints" / "python"
+SCHEMES = ("int8", "int4", "int8-all", "int4-all")  # as quantize.SCHEMES, likewise
 
 
 def main(arguments=None):
@@ -48,6 +49,7 @@ def build_parser():
     verb.add_argument("--seed", type=int, help="the same seed draws the same text")
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: the config's)")
+    verb.add_argument("--quantize", choices=SCHEMES, help="experts and MLPs in fewer bits; -all: mixers, head")
 
     verb = _verb(verbs, train, "train a model as a recipe says, or go on with a run that was interrupted")
     verb.add_argument("recipe", metavar="RECIPE", help="TOML file, such as data/recipes/laptop.toml")
@@ -78,13 +80,16 @@ def build_parser():
     verb.add_argument("--compare", action="store_true", help="a table of all families instead")
     verb.add_argument("--context", type=int, help="tokens (the config's longest)")
     verb.add_argument("--batch", type=int, default=1, help="sequences (1)")
-    verb.add_argument("--quantize", choices=("int8", "int4"), help="weights of the experts")
+    verb.add_argument("--quantize", choices=SCHEMES, help="experts and MLPs in fewer bits; -all: mixers, head")
     verb.add_argument("--memory", type=float, metavar="GIB", help="say whether that many GiB hold it")
 
     verb = _verb(verbs, convert, "rewrite a checkpoint of any accepted layout as safetensors, in its family's own")
-    verb.add_argument("source", metavar="SRC", help="folder or Hub id")
+    verb.add_argument("source", nargs="?", metavar="SRC", help="folder or Hub id; none with --random")
     verb.add_argument("destination", metavar="DST", help="folder to write, absent or empty")
     verb.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (auto: as stored)")
+    verb.add_argument("--quantize", choices=SCHEMES, help="experts and MLPs in fewer bits; -all: mixers, head")
+    verb.add_argument("--random", metavar="PRESET", help="random weights in full size instead of SRC, as jamba-v0.1")
+    verb.add_argument("--seed", type=int, help="of --random (0)")
 
     verb = _verb(verbs, study, "an experiment of the course: small models that differ in one thing, trained alike")
     verb.add_argument("name", metavar="STUDY", help="twins, balance, norms, start, blackmamba or recall")
@@ -140,7 +145,7 @@ def lab(options):
 def generate(options):
     import minijamba as mj
 
-    model = mj.load(options.model, device=options.device, dtype=options.dtype)
+    model = mj.load(options.model, device=options.device, dtype=options.dtype, quantize=options.quantize)
     if options.tokens is None:
         tokens, show, end = _text_prompt(model, options)
     else:
@@ -313,9 +318,17 @@ def study(options):
 
 
 def convert(options):
-    from .checkpoint import convert
+    from .checkpoint import convert, write_random
+    from .config import preset
 
-    convert(options.source, options.destination, options.dtype)
+    if options.random:
+        if options.source or options.quantize:
+            raise ValueError("--random takes DST, --seed and --dtype alone: convert what it writes with --quantize")
+        write_random(preset(options.random), options.destination, seed=options.seed or 0, dtype=options.dtype)
+    elif options.source is None or options.seed is not None:
+        raise ValueError("convert takes SRC and DST, or --random PRESET with --seed and DST")
+    else:
+        convert(options.source, options.destination, options.dtype, quantize=options.quantize)
     print(f"{options.destination}: written")
 
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fused_overlap import gdc_launch_dependents, gdc_wait, overlap
 from .rungs import ceil_div, operator
 
 # Numbers that one program works on at once, and its rows at most. Programs of a backward pass, of which each has a part
@@ -45,7 +46,7 @@ def _norms(x: Tensor, weights: list[Tensor], eps: float, *, dtype: torch.dtype |
     tile = _tile(sizes)
     _forward[ceil_div(rows, tile["ROWS"]),](
         x.contiguous(), None, None, tuple(weights), tuple(parts), eps, rows, x.shape[-1],
-        SIZES=sizes, WIDE=_wide(x), **tile,
+        SIZES=sizes, WIDE=_wide(x), **tile, **overlap(x.device),
     )  # fmt: skip
     return parts
 
@@ -80,7 +81,7 @@ def _sum(x: Tensor, y: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -
     tile = _tile(sizes)
     _forward[ceil_div(rows, tile["ROWS"]),](
         x.contiguous(), y.contiguous(), h, (weight,), (normed,), eps, rows, x.shape[-1],
-        SIZES=sizes, WIDE=_wide(h), **tile,
+        SIZES=sizes, WIDE=_wide(h), **tile, **overlap(x.device),
     )  # fmt: skip
     return h, normed
 
@@ -184,9 +185,12 @@ def _wide(x: Tensor) -> tl.dtype:
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
     x, y, h, weights, parts, eps: tl.constexpr, rows, columns,
-    SIZES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    SIZES: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Norms of the parts of x, or of h = x + y, which has one part."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for i in tl.static_range(len(SIZES)):
         part, weight = read_rows(x, columns, row, rows, SIZES[i]), read_row(weights[i], SIZES[i])

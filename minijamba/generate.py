@@ -8,6 +8,10 @@ from torch import Tensor
 from .budget import budget, refuse_if_too_large
 from .cache import Cache
 from .model import Jamba, check_tokens
+from .rungs import why_no_kernels
+
+CHUNK = 16384  # tokens of prompt that a GPU reads at once
+AHEAD = 3  # steps
 
 
 @torch.no_grad()
@@ -25,7 +29,9 @@ def generate(
     mask: Tensor | None = None,
     cache: Cache | None = None,
     seed: int | None = None,
-    chunk: int = 2048,
+    chunk: int | None = None,
+    kv: str | None = None,
+    graph: bool = True,
     progress: bool = False,
 ) -> Tensor:
     """Continue every prompt by up to `max_new_tokens` tokens.
@@ -43,41 +49,153 @@ def generate(
         mask:   (b, t) bool, True for real tokens, when `tokens` is padded.
         cache:  sequences to continue; on return it holds the prompt and everything returned, ready for the next turn.
         seed:   makes sampling repeatable.
-        chunk:  tokens of prompt per call of the model; bounds the memory of activations.
+        chunk:  tokens of prompt per call of the model; bounds the memory of activations. 2,048, on a GPU 16,384.
+        kv:     "int8" keeps keys and values in a byte a number, for twice the context; None in the model's dtype.
+        graph:  on a GPU, record one step as a CUDA graph and replay it; False runs the same kernels one by one.
         progress: show progress bars.
     Returns: (b, new) int64, the new tokens; rows that stopped are filled up with the padding token.
     Raises:  ValueError for an empty prompt, tokens out of range, options out of range, or a context beyond memory.
     """
     tokens, mask = _prompts(model, tokens, mask)
+    chunk = (CHUNK if model.device.type == "cuda" else 2048) if chunk is None else chunk
     _check_options(max_new_tokens, temperature, top_k, top_p, repetition_penalty, chunk)
     batch = len(tokens)
     context = tokens.shape[1] + max_new_tokens + (0 if cache is None else cache.filled)
-    _refuse_beyond_memory(model, context, batch, chunk)
+    _refuse_beyond_memory(model, context, batch, chunk, kv if cache is None else cache.kv)
     reused = cache is not None
-    cache = cache if reused else model.new_cache(batch, capacity=context)
+    cache = cache if reused else model.new_cache(batch, capacity=context, kv=kv)
+    logits = _prefill(model, tokens, mask, cache, chunk, progress)
+    if max_new_tokens == 0:
+        return tokens.new_empty(batch, 0)
+
+    def choose(logits: Tensor, seen: Tensor) -> Tensor:
+        return sample(_penalise(logits, seen, repetition_penalty), temperature, top_k, top_p, generator)
 
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    stops = torch.tensor(_stops(model, stop), dtype=torch.long, device=model.device)
-    seen = _tokens_seen(model, tokens, mask)
-    finished = torch.zeros(batch, dtype=torch.bool, device=model.device)
-    padding = model.config.pad_token_id or 0
-    logits = _prefill(model, tokens, mask, cache, chunk, progress)
-    new: list[Tensor] = []
-    for _ in _steps(max_new_tokens, progress):
-        chosen = sample(_penalise(logits, seen, repetition_penalty), temperature, top_k, top_p, generator)
-        chosen = chosen.masked_fill(finished, padding)
+    seen = None if repetition_penalty == 1 else _tokens_seen(model, tokens, mask)
+    writer = Writer(model, cache, choose, seen, _stops(model, stop))
+    writer.start(logits)
+    recordable = _recordable(model, cache)
+    if recordable:
+        cache.fix(context)
+    new = _write(writer, max_new_tokens, graph and recordable, generator, stream, progress)
+    if reused and writer.steps < len(new):
+        writer.step()
+    cache.measure()
+    return torch.tensor(new, device=model.device).T.contiguous()
+
+
+class Writer:
+    """What writes one token of every row after the other, all of it on the model's device.
+
+    token:    (b,) int64 the token that was chosen last; padding in rows that have ended.
+    finished: (b,) bool, rows that have ended.
+    writing:  (b,) bool, rows that had not ended before `token`: it still belongs to them.
+    """
+
+    def __init__(
+        self, model: Jamba, cache: Cache, choose: Callable[[Tensor, Tensor | None], Tensor], seen: Tensor | None,
+        stops: list[int],
+    ) -> None:  # fmt: skip
+        self.model, self.cache, self.choose, self.seen = model, cache, choose, seen
+        batch = len(cache.lengths)
+        self.stops = torch.tensor(stops, dtype=torch.long, device=model.device)
+        self.padding = model.config.pad_token_id or 0
+        self.token = torch.zeros(batch, dtype=torch.long, device=model.device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=model.device)
+        self.writing = ~self.finished
+        self.steps = 0  # tokens that were written and read again
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def start(self, logits: Tensor) -> None:
+        """Choose the first token, from the logits (b, v) after the prompt."""
+        chosen = self.choose(logits, self.seen)
+        if self.stops.numel():
+            chosen = chosen.masked_fill(self.finished, self.padding)
+            self.writing.copy_(~self.finished)
+            self.finished |= torch.isin(chosen, self.stops)
+        if self.seen is not None:
+            self.seen |= torch.zeros_like(self.seen).scatter_(1, chosen[:, None], True) & self.writing[:, None]
+        self.token.copy_(chosen)
+
+    def step(self) -> None:
+        """Read the token that was chosen last and choose the next."""
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+            self.cache.filled += 1
+        self.steps += 1
+
+    def _step(self) -> None:
+        mask = self.writing[:, None] if self.stops.numel() else None
+        self.start(self.model(self.token[:, None], cache=self.cache, mask=mask)[:, 0])
+
+    def record(self, generator: torch.Generator | None) -> None:
+        """From now on a step is one launch, of the CUDA graph that is recorded here. A step must have run before."""
+        graph, filled = torch.cuda.CUDAGraph(), self.cache.filled
+        if generator is not None:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            self._step()
+        self.cache.filled, self.graph = filled, graph  # recording is not running
+
+
+def _recordable(model: Jamba, cache: Cache) -> bool:
+    """Whether a CUDA graph can record a step: on a GPU, with kernels that never ask the host."""
+    experts = any(layer.feed_forward == "moe" for layer in model.config.layers)
+    kernels = why_no_kernels(model.device) is None and not (experts and model.config.mlp_bias)
+    return model.device.type == "cuda" and kernels and cache.documents is None
+
+
+def _write(
+    writer: Writer, steps: int, record: bool, generator: torch.Generator | None,
+    stream: Callable[[list[int]], None] | None, progress: bool,
+) -> list[list[int]]:  # fmt: skip
+    """The new tokens, step by step, each a list with one of every row.
+
+    A GPU works AHEAD steps ahead of what is looked at here, so that it never waits for the host. Steps in which all
+    rows had ended already change nothing.
+    """
+    inbox, new = _Inbox(writer.token, steps), []
+    stops = set(writer.stops.tolist())
+    ended = [False] * len(writer.token)
+    inbox.post(writer.token)
+    for i in _steps(steps, progress):
+        while inbox.posted < min(i + 1 + AHEAD * inbox.waits, steps):
+            if record and writer.steps == 1:
+                writer.record(generator)
+            writer.step()
+            inbox.post(writer.token)
+        chosen = inbox.take(i)
         new.append(chosen)
         if stream is not None:
-            stream(chosen.tolist())
-        writing = ~finished
-        finished = finished | torch.isin(chosen, stops)
-        done = len(new) == max_new_tokens or bool(finished.all())
-        if reused or not done:
-            logits = model(chosen[:, None], cache=cache, mask=writing[:, None])[:, -1]
-            seen[torch.arange(batch, device=seen.device), chosen] |= writing
-        if done:
+            stream(chosen)
+        ended = [before or token in stops for before, token in zip(ended, chosen, strict=True)]
+        if all(ended):
             break
-    return torch.stack(new, dim=1) if new else tokens.new_empty(batch, 0)
+    return new
+
+
+class _Inbox:
+    """Tokens (b,) on their way from the device: posted without waiting, taken when they have come."""
+
+    def __init__(self, like: Tensor, steps: int) -> None:
+        self.waits = like.device.type == "cuda"
+        self.tokens = torch.empty(steps, *like.shape, dtype=like.dtype, pin_memory=self.waits)
+        self.events, self.posted = [], 0
+
+    def post(self, tokens: Tensor) -> None:
+        self.tokens[self.posted].copy_(tokens, non_blocking=True)
+        if self.waits:
+            self.events.append(torch.cuda.Event())
+            self.events[-1].record()
+        self.posted += 1
+
+    def take(self, i: int) -> list[int]:
+        if self.waits:
+            self.events[i].synchronize()
+        return self.tokens[i].tolist()
 
 
 def sample(
@@ -161,8 +279,16 @@ def _stops(model: Jamba, stop: int | Sequence[int] | None) -> list[int]:
     return [stop] if isinstance(stop, int) else list(stop)
 
 
-def _refuse_beyond_memory(model: Jamba, context: int, batch: int, chunk: int) -> None:
-    plan = budget(model.config, context=context, batch=batch, dtype=model.dtype, chunk=chunk)
+def _refuse_beyond_memory(model: Jamba, context: int, batch: int, chunk: int, kv: str | None) -> None:
+    plan = budget(
+        model.config,
+        context=context,
+        batch=batch,
+        dtype=model.dtype,
+        chunk=chunk,
+        kv=kv,
+        kernels=why_no_kernels(model.device) is None,
+    )
     refuse_if_too_large(plan.working_bytes, model.device, f"the cache of {batch} sequences of {context:,} tokens")
 
 
@@ -185,5 +311,3 @@ def _check_options(
     for name, (value, bad, wanted) in wrong.items():
         if bad:
             raise ValueError(f"{name} is {value}; it must be {wanted}")
-
-

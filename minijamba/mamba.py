@@ -60,8 +60,8 @@ class Mamba(nn.Module):
         return (self.dt_layernorm, self.b_layernorm, self.c_layernorm) if hasattr(self, "dt_layernorm") else ()
 
     def forward(self, x: Tensor, layout: Layout, cache: MambaState | None = None) -> Tensor:
-        if cache is not None and x.shape[1] == 1 and layout.plain and not torch.is_grad_enabled():
-            return self.step(x, cache)
+        if cache is not None and x.shape[1] == 1 and layout.documents is None and not torch.is_grad_enabled():
+            return self.step(x, cache, None if layout.real is None else layout.real[:, 0])
         x, z = self.in_proj(x).chunk(2, dim=-1)
         window, state = _continue(cache, layout)
         x, window = causal_conv(
@@ -99,12 +99,15 @@ class Mamba(nn.Module):
             delta, B, C = selected.split(self.sizes, dim=-1)
         return F.linear(delta, self.dt_proj.weight), B, C
 
-    def step(self, x: Tensor, cache: MambaState) -> Tensor:
-        """One token: x (b, 1, d) -> (b, 1, d). Window and state are updated in place; no gradients."""
+    def step(self, x: Tensor, cache: MambaState, real: Tensor | None = None) -> Tensor:
+        """One token: x (b, 1, d) -> (b, 1, d). Window and state are updated in place, where `real` (b,) bool says so.
+
+        No gradients.
+        """
         x, z = self.in_proj(x[:, 0]).chunk(2, dim=-1)
-        x = causal_conv_step(cache.window, x, self.conv1d.weight[:, 0], self.conv1d.bias)
+        x = causal_conv_step(cache.window, x, self.conv1d.weight[:, 0], self.conv1d.bias, real=real)
         select_and_step = choose("scan", "auto", _rungs(x.device, _select_and_step, _fused_select_and_step), x.device)
-        return self.out_proj(select_and_step(self, x, z, cache.state))[:, None]
+        return self.out_proj(select_and_step(self, x, z, cache.state, real))[:, None]
 
     def _apply(self, fn, recurse=True):
         kept = [(self, "A_log"), (self.dt_proj, "bias")]
@@ -134,22 +137,27 @@ def _fused_norms(x: Tensor, norms: tuple[RMSNorm, ...]) -> list[Tensor]:
     return rms_norms(x, [norm.weight for norm in norms], norms[0].eps)
 
 
-def _select_and_step(mamba: Mamba, x: Tensor, z: Tensor, state: Tensor) -> Tensor:
+def _select_and_step(mamba: Mamba, x: Tensor, z: Tensor, state: Tensor, real: Tensor | None) -> Tensor:
     """From the convolution's output to the gate's, all (b, c); the state is updated in place."""
     delta, B, C = mamba.select(x)
+    if real is not None:
+        delta = delta.masked_fill(~real[:, None], -torch.inf)
     return selective_step(
         state, x, delta, mamba.A, B, C, mamba.D, z, delta_bias=mamba.dt_proj.bias, delta_softplus=True
     )
 
 
-def _fused_select_and_step(mamba: Mamba, x: Tensor, z: Tensor, state: Tensor) -> Tensor:
+def _fused_select_and_step(mamba: Mamba, x: Tensor, z: Tensor, state: Tensor, real: Tensor | None) -> Tensor:
     """The same in two launches: x_proj, then all the rest."""
+    from .fused_linear import FEW, product
     from .scan.fused_step import select_and_step
 
+    few = len(x) <= FEW and not torch.compiler.is_compiling()
+    selected = product(x, mamba.x_proj.weight) if few else mamba.x_proj(x)
     weights, eps = [norm.weight for norm in mamba.norms], mamba.norms[0].eps if mamba.norms else 0.0
     return select_and_step(
-        state, x, z, mamba.x_proj(x), weights, eps,
-        mamba.dt_proj.weight, mamba.dt_proj.bias, mamba.A_log, mamba.D,
+        state, x, z, selected, weights, eps,
+        mamba.dt_proj.weight, mamba.dt_proj.bias, mamba.A_log, mamba.D, real,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import JambaConfig
+from .quantize import PackedLinear
 from .rungs import choose, why_no_kernels
 
 
@@ -25,8 +26,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.gate_proj, PackedLinear) and self.gate_proj.bias is None and not torch.is_grad_enabled():
+            run = choose("mlp", "auto", _packed_rungs(x.device), x.device)
+            return self.down_proj(run(self, x))
+        return self.down_proj(self.gated(x))
+
+    def gated(self, x: Tensor) -> Tensor:
+        """act(gate(x)) * up(x): x (..., d) -> (..., f)."""
         gated = choose("mlp", "auto", rungs(x.device), x.device)
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act))
+        return gated(self.gate_proj(x), self.up_proj(x), self.act)
 
 
 def rungs(device: torch.device) -> dict[str, Callable]:
@@ -37,6 +45,22 @@ def rungs(device: torch.device) -> dict[str, Callable]:
 
         implementations["fused"] = gated
     return implementations
+
+
+def _packed_rungs(device: torch.device) -> dict[str, Callable]:
+    """The same with packed weights, products included."""
+    implementations = {"naive": MLP.gated, "parallel": MLP.gated}
+    return implementations if why_no_kernels(device) else implementations | {"fused": _fused_packed}
+
+
+def _fused_packed(mlp: MLP, x: Tensor) -> Tensor:
+    from .fused_linear import FEW, product
+
+    rows = x.numel() // x.shape[-1]
+    if rows > FEW:
+        return mlp.gated(x)
+    inner = product(x.reshape(rows, -1), mlp.gate_proj.weight.packed(), mlp.up_proj.weight.packed(), mlp.act)
+    return inner.view(*x.shape[:-1], -1)
 
 
 def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:

@@ -77,9 +77,9 @@ class Jamba(nn.Module):
         """Of the activations; A_log and delta's bias are float32 at least."""
         return self.model.embed_tokens.weight.dtype
 
-    def new_cache(self, batch: int = 1, capacity: int = 0) -> Cache:
-        """An empty cache for b sequences, with room for `capacity` tokens at first."""
-        return Cache(self.config, batch, capacity=capacity, dtype=self.dtype, device=self.device)
+    def new_cache(self, batch: int = 1, capacity: int = 0, kv: str | None = None) -> Cache:
+        """An empty cache for b sequences, with room for `capacity` tokens at first; kv="int8" halves what they take."""
+        return Cache(self.config, batch, capacity=capacity, dtype=self.dtype, device=self.device, kv=kv)
 
     def forward(
         self,
@@ -106,7 +106,9 @@ class Jamba(nn.Module):
         Raises:  ValueError for tokens out of range or shapes that disagree.
         """
         _check(self, tokens, cache, mask, segments)
-        if mask is None or bool(mask.all()):
+        # To ask a GPU whether all are real, at every token that is written, would wait for it.
+        asks = tokens.shape[1] > 1 or tokens.device.type == "cpu"
+        if mask is None or (asks and bool(mask.all())):
             return self._run(tokens, cache, None, segments, trace, last_only)
         order = (~mask).long().argsort(dim=1, stable=True)
         first = Trace() if trace is not None else None
@@ -138,21 +140,26 @@ class Jamba(nn.Module):
             h = h.to(torch.promote_types(h.dtype, torch.float32))
         if trace is not None:
             trace.add(h, None)
+        y = None
         for block, state in zip(self.model.layers, states, strict=True):
-            h, routing = self._block(block, h, layout, state)
+            h, y, routing = self._block(block, h, y, layout, state)
             if trace is not None:
-                trace.add(h, routing)
+                trace.add(h + y, routing)
+        h = h + y
         if cache is not None:
             cache.whole = True
         if last_only:
             h = h[:, -1:] if real is None else _last_real(h, real)
         return self.lm_head(self.model.final_layernorm(h.to(self.dtype)))
 
-    def _block(self, block: Block, h: Tensor, layout: Layout, state) -> tuple[Tensor, Routing | None]:
+    def _block(
+        self, block: Block, h: Tensor, y: Tensor | None, layout: Layout, state
+    ) -> tuple[Tensor, Tensor, Routing | None]:
         if not (self.recompute and torch.is_grad_enabled()):
-            return block(h, layout, state)
-        # Nothing in a layer is random, so there is no random state to bring back.
-        return checkpoint(block, h, layout, state, use_reentrant=False, preserve_rng_state=False)
+            return block(h, y, layout, state)
+        # One tensor is kept, not two. Nothing in a layer is random, so there is no random state to bring back.
+        h = h if y is None else h + y
+        return checkpoint(block, h, None, layout, state, use_reentrant=False, preserve_rng_state=False)
 
 
 def _unsort(x: Tensor, order: Tensor, mask: Tensor) -> Tensor:

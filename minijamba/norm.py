@@ -25,8 +25,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return _choose(_norm, _fused_norm, x.device)(x, self.weight, self.eps)
 
-    def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """h = x + y and its norm: the stream after a mixer, and what the feed-forward sees of it."""
+    def of_sum(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h = x + y and its norm: the stream, and what the next mixer or feed-forward sees of it. h = x without y."""
+        if y is None:
+            return x, self(x)
         return _choose(_norm_of_sum, _fused_norm_of_sum, x.device)(x, y, self.weight, self.eps)
 
     def extra_repr(self) -> str:

@@ -244,6 +244,50 @@ def attention_map(weights, labels=None) -> Figure:
     return axes.figure
 
 
+def packing_errors(layers, kinds, errors: dict, expected: dict) -> Figure:
+    """How far off matrices of fewer bits are, layer by layer: a panel for each number of bits, a dot for each matrix.
+
+    Feed-forwards stand a little right of their layer, mixers a little left; a dashed line is what is expected.
+
+    layers: (m,), a layer for each matrix; kinds: (m,), of COLOURS; errors: title -> (m,) in per cent; expected: title
+    -> per cent.
+    """
+    figure = Figure(figsize=(8.4, 3.2), dpi=100, layout="constrained")
+    kinds, layers = np.asarray(kinds), np.asarray(layers)
+    places = layers + np.where(np.isin(kinds, ["moe", "mlp"]), 0.15, -0.15)
+    for axes, (title, values) in zip(figure.subplots(1, len(errors), squeeze=False)[0], errors.items(), strict=True):
+        for kind in [name for name in COLOURS if name in kinds]:
+            own = kinds == kind
+            axes.plot(places[own], np.asarray(values)[own], "o", color=COLOURS[kind], markersize=4, label=kind)
+        axes.axhline(expected[title], color="black", linestyle="--", linewidth=1, label="expected of normal weights")
+        axes.set(xlabel="layer", ylabel="relative error in %", xticks=np.unique(layers))
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    return figure
+
+
+def rounded_weights(weights, rounded: dict) -> Figure:
+    """A group of weights from the smallest to the largest, and the levels to which each of some formats rounds them.
+
+    weights: (n,); rounded: up to 4 titles -> (levels (l,), rounded weights (n,)), a panel each.
+    """
+    order = np.argsort(weights)
+    figure = Figure(figsize=(8.4, 3.2), dpi=100, layout="constrained")
+    for axes, (title, (levels, values)) in zip(
+        figure.subplots(1, len(rounded), sharey=True, squeeze=False)[0], rounded.items(), strict=True
+    ):
+        axes.hlines(levels, -1, len(order), color=COLOURS["neutral"], linewidth=0.8, label="numbers that there are")
+        axes.plot(np.asarray(weights)[order], "o", color="black", markersize=4, fillstyle="none", label="weight")
+        axes.plot(np.asarray(values)[order], ".", color=COLOURS["mamba"], markersize=4, label="rounded")
+        axes.set(xlabel="weights in order of size", ylabel="value, no unit")
+        axes.label_outer()
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
 def _axes(width=7.0, height=3.2, xlabel="", ylabel=""):
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     axes = figure.subplots()

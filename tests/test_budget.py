@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,8 @@ from minijamba.budget import (
 from minijamba.cache import Cache
 from minijamba.config import PRESETS, JambaConfig, preset
 from minijamba.model import Jamba
+from minijamba.packed_files import kept, pack_modules
+from minijamba.quantize import SCHEMES, pack
 from minijamba.testing import assert_rejects
 
 GIB, MIB = 2**30, 2**20
@@ -260,39 +263,107 @@ def test_activations_bound_what_a_prefill_allocates(changes, context, chunk, bat
     assert_rejects(check, plan.activation_bytes // 10, plan.activation_bytes * 10)
 
 
-# Quantised experts
+# Packed weights
 
 
 def test_experts_in_int8():
-    """54.1 GiB for v0.1 and 449 GB for 1.5-Large; 103,140,646,656 bytes in 16 bits."""
-    plan = budget(preset("jamba-v0.1"), quantize="int8")
-    assert round(plan.weight_bytes / GIB, 1) == 54.1
-    assert round(budget(preset("jamba-1.5-large"), quantize="int8").weight_bytes / 1e9) == 449
-    assert plan.file_bytes == 103_140_646_656
+    """With the experts alone in int8 54.1 GiB for v0.1 and 449 GB for 1.5-Large; 103,140,646,656 bytes in 16 bits."""
+
+    def experts_alone(name):
+        plain, plan = budget(preset(name)), budget(preset(name), quantize="int8")
+        return plain.weight_bytes - plain.part_bytes["moe"] + plan.part_bytes["moe"]
+
+    assert round(experts_alone("jamba-v0.1") / GIB, 1) == 54.1
+    assert round(experts_alone("jamba-1.5-large") / 1e9) == 449
+    assert budget(preset("jamba-v0.1"), quantize="int8").file_bytes == 103_140_646_656
 
 
-@pytest.mark.parametrize(("quantize", "bits_a_weight"), [("int8", 8), ("int4", 4)])
-def test_only_the_experts_are_quantised_and_scales_count(quantize, bits_a_weight):
-    d, f, e = 32, 48, 4
+def test_v01_packed():
+    """A byte a weight and 4 bytes a row for experts and MLPs; half a byte and 2 bytes for 64 weights; the rest in 16
+    bits, A_log and delta's bias in 32."""
+    config = preset("jamba-v0.1")
+    rows, weights_, groups = 16 * 17 * (2 * 14336 + 4096), 16 * 17 * 3 * 14336 * 4096, 16 * 17 * 3 * 14336 * 4096 // 64
+    rest = 2 * (51_570_323_328 - weights_) + 2 * 28 * 8192 * (16 + 1)
+
+    def check(sizes):
+        assert sizes["int8"] == weights_ + 4 * rows + rest
+        assert sizes["int4"] == weights_ // 2 + 2 * groups + rest
+
+    sizes = {name: budget(config, quantize=name).weight_bytes for name in SCHEMES}
+    check(sizes)
+    assert_rejects(check, {name: sizes[f"{name}-all"] for name in ("int8", "int4")}, sizes | {"int8": sizes["int4"]})
+    assert sizes["int4-all"] < sizes["int4"] < 31 * GIB < 48 * GIB < sizes["int8-all"] < sizes["int8"] < 52 * GIB
+
+
+PARTS_BY_NAME = {
+    "embedding": "embed_tokens", "norms": r"(input|pre_ff|final)_layernorm", "head": "lm_head", "mamba": r"\.mamba\.",
+    "attention": "self_attn", "moe": r"feed_forward\.(experts|router)", "mlp": "feed_forward",
+}  # fmt: skip
+
+
+def packed_model(config, quantize, dtype="bfloat16"):
+    """A model whose weights are packed, of random numbers."""
+    model = Jamba(config).to(getattr(torch, dtype))
+    weights_ = {name: model.get_parameter(name) for name, tensor in kept(config, quantize).items() if tensor.bits}
+    pack_modules(model, quantize, model.dtype)
+    for name, weight in weights_.items():
+        held = model.get_submodule(name)
+        packed = pack(weight, held.packed().bits)
+        held.values.copy_(packed.values)
+        held.scales.copy_(packed.scales)
+    return model
+
+
+@pytest.mark.parametrize("quantize", SCHEMES)
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_bytes_of_a_packed_model(changes, quantize):
+    """Parameters and buffers, part by part: nothing else takes memory."""
+    config = preset("tiny", **changes, dtype="bfloat16")
+    model = packed_model(config, quantize)
+    built = dict.fromkeys(PARTS_BY_NAME, 0)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        built[next(part for part, pattern in PARTS_BY_NAME.items() if re.search(pattern, name))] += tensor.nbytes
+
+    def check(scheme):
+        assert budget(config, quantize=scheme).part_bytes == built
+
+    check(quantize)
+    assert_rejects(check, None, *(other for other in SCHEMES if other.partition("-")[0] != quantize.partition("-")[0]))
+
+
+@pytest.mark.parametrize("quantize", SCHEMES)
+def test_biases_are_not_quantised(quantize):
     config = preset("tiny")
-    plain, plan = budget(config), budget(config, quantize=quantize)
-    scales = {"int8": 4 * (f + f + d), "int4": 2 * (f + f + d)}[quantize]  # rows of 32 and 48 fit in one group of 64
-    assert plan.part_bytes["moe"] == 4 * (e * (3 * d * f * bits_a_weight // 8 + scales) + 4 * e * d)
-    assert all(plan.part_bytes[part] == plain.part_bytes[part] for part in plan.part_bytes if part != "moe")
+    extra = budget(dataclasses.replace(config, mlp_bias=True), quantize=quantize).part_bytes
+    plain = budget(config, quantize=quantize).part_bytes
+    assert extra["moe"] - plain["moe"] == 4 * 4 * (48 + 48 + 32) * 4  # float32
+    assert extra["mlp"] - plain["mlp"] == 4 * (48 + 48 + 32) * 4
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_biases_of_experts_are_not_quantised(quantize):
-    config = preset("tiny")
-    extra = budget(dataclasses.replace(config, mlp_bias=True), quantize=quantize).part_bytes["moe"]
-    assert extra - budget(config, quantize=quantize).part_bytes["moe"] == 4 * 4 * (48 + 48 + 32) * 4  # float32
-
-
-def test_int4_groups_of_64():
-    config = preset("tiny", hidden_size=128, intermediate_size=130)
-    gate_row, down_row = 128 // 2 + 2 * 2, 130 // 2 + 2 * 3
-    expert = 2 * 130 * gate_row + 128 * down_row
+def test_int4_groups_of_64_in_blocks_of_256():
+    config = preset("tiny", hidden_size=128, intermediate_size=260)
+    gate_row, down_row = 256 // 2 + 2 * 4, 512 // 2 + 2 * 8
+    expert = 2 * 260 * gate_row + 128 * down_row
     assert budget(config, quantize="int4").part_bytes["moe"] == 4 * 4 * (expert + 4 * 128)
+    assert budget(config, quantize="int4").part_bytes["mlp"] == 4 * expert
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4-all"])
+@pytest.mark.parametrize("experts", [1, 4])
+def test_activations_bound_what_a_prefill_of_packed_weights_allocates(quantize, experts):
+    """The matrices are large and the tokens few, so that unpacking is most of it."""
+    config = preset("tiny", hidden_size=256, intermediate_size=8192, num_experts=experts, num_hidden_layers=4)
+    model = packed_model(config, quantize, "float32")
+    tokens = torch.zeros(1, 32, dtype=torch.long)
+    cache = Cache(config, 1, capacity=32, dtype=model.dtype)
+    with torch.no_grad():
+        measured = peak_bytes(lambda: model(tokens, cache=cache, last_only=True))
+
+    def check(scheme):
+        assert measured <= budget(config, context=32, quantize=scheme).activation_bytes <= 5 * measured
+
+    check(quantize)
+    assert_rejects(check, None)
 
 
 # FLOPs
@@ -393,7 +464,7 @@ def test_total_is_the_sum_of_its_parts():
     assert plan.fits(plan.total_bytes) and not plan.fits(plan.total_bytes - 1)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantize", [None, *SCHEMES])
 def test_max_context_is_the_last_that_fits(quantize):
     plan = budget(preset("jamba-v0.1"), quantize=quantize)
     longest = plan.max_context(120 * GIB)
@@ -416,14 +487,16 @@ def test_the_claims_of_the_paper_about_one_80_gib_gpu():
 def test_table():
     text = str(budget(preset("jamba-v0.1"), context=262144, quantize="int8"))
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
-    assert text.startswith("bfloat16, experts in int8, context 262,144, batch 1")
+    assert text.startswith("bfloat16, weights in int8, context 262,144, batch 1")
     assert "51,570,323,328" in rows["weights"] and "12,110,311,296" in rows["weights"]
     assert rows["KV cache"].endswith("4.00 GiB") and rows["Mamba state"].endswith("15.31 MiB")
     assert "1,251 tensors" in text and max(map(len, text.splitlines())) <= 120
 
 
 def test_table_does_not_claim_to_quantise_what_is_not_there():
-    assert "int8" not in str(budget(preset("jamba-reasoning-3b"), quantize="int8"))
+    assert "int8" not in str(budget(preset("mamba-130m"), quantize="int8"))
+    assert "weights in int8-all" in str(budget(preset("mamba-130m"), quantize="int8-all"))
+    assert "weights in int8" in str(budget(preset("jamba-reasoning-3b"), quantize="int8"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -445,7 +518,7 @@ def test_draw(tmp_path):
         ({"context": 1e6}, "context is 1000000.0.*whole number"),
         ({"batch": -1}, "batch is -1"),
         ({"chunk": 0}, "chunk is 0"),
-        ({"quantize": "int2"}, 'quantize is \'int2\'.*"int8" or "int4"'),
+        ({"quantize": "int2"}, "quantize is 'int2'.*None or one of int8, int4, int8-all, int4-all"),
         ({"dtype": "int8"}, "dtype is 'int8'.*bfloat16"),
     ],
 )
@@ -477,5 +550,18 @@ def test_refusal(monkeypatch):
 
 
 def test_gpu_memory_is_asked_of_the_gpu(monkeypatch):
-    monkeypatch.setattr(torch, "cuda", SimpleNamespace(mem_get_info=lambda device: (device.index, 99)))
-    assert available_memory("cuda:7") == 7
+    """What is free there or reserved by this process and not in use, and no more than the process may take."""
+
+    def check(answer):
+        def gpu(**facts):
+            asked = {name: lambda device, fact=fact: fact for name, fact in facts.items()}
+            monkeypatch.setattr(torch, "cuda", SimpleNamespace(**asked))
+            return available_memory("cuda:7")
+
+        used = {"memory_reserved": 30, "memory_allocated": 20}
+        assert gpu(mem_get_info=(40, 100), get_per_process_memory_fraction=1.0, **used) == answer
+        assert gpu(mem_get_info=(40, 100), **used) == answer  # an older torch
+        assert gpu(mem_get_info=(70, 100), get_per_process_memory_fraction=0.5, **used) == 50 - 20
+
+    check(40 + 30 - 20)
+    assert_rejects(check, 40, 50 - 30)

@@ -40,14 +40,46 @@ def contents(cache):
 
 def used(model, kind="plain"):
     """A cache of two rows, after six tokens."""
-    cache, tokens = model.new_cache(2), draw(2, 6)
+    cache, tokens = model.new_cache(2, kv="int8" if kind == "eight bits" else None), draw(2, 6)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]).bool() if kind == "ragged" else None
     segments = torch.tensor([[1, 1, 1, 2, 2, 2], [5, 5, 6, 6, 7, 7]]) if kind == "packed" else None
     model(tokens, cache=cache, mask=mask, segments=segments)
     return cache
 
 
-kinds = pytest.mark.parametrize("kind", ["plain", "ragged", "packed"])
+kinds = pytest.mark.parametrize("kind", ["plain", "ragged", "packed", "eight bits"])
+
+
+def test_eight_bits_change_little_and_the_split_nothing(model):
+    tokens = draw(2, 12)
+    plain = model(tokens)
+
+    def run(*lengths):
+        cache = model.new_cache(2, kv="int8")
+        return torch.cat([model(part, cache=cache) for part in tokens.split(lengths, dim=1)], dim=1)
+
+    whole = run(12)
+    assert 1e-5 < (whole - plain).abs().max() / plain.abs().max() < 2e-2
+
+    def check(lengths):
+        # A number in the middle between two of eight bits may go either way.
+        assert_matches(run(*lengths), whole, 1e-6, "logits")
+
+    for lengths in ([1] * 12, [5, 7], [11, 1]):
+        check(lengths)
+    assert_rejects(lambda kv: assert_matches(run(12), kv, 1e-6, "logits"), plain)
+    with pytest.raises(ValueError, match="int8"):
+        model.new_cache(2, kv="int4")
+
+
+def test_eight_bits_take_half_the_room(hybrid):
+    def nbytes(kv):
+        layers = Cache(hybrid, 3, capacity=10, dtype=torch.bfloat16, kv=kv).layers
+        return sum(tensor.nbytes for layer in layers if isinstance(layer, KeyValues) for tensor in vars(layer).values())
+
+    heads = 2 * 3 * 10 * 2 * 2  # layers, rows, slots, groups, keys and values
+    assert nbytes(None) == heads * 4 * 2
+    assert nbytes("int8") == heads * (4 + 4)  # in heads of 4 numbers; in heads of 128 the scales are 3% more
 
 
 @kinds
@@ -189,7 +221,8 @@ def test_growth_keeps_what_is_there_and_is_rare(model, kind):
     cache, roomy = used(model, kind), used(model, kind)
     roomy_layers = [layer for layer in roomy.layers if isinstance(layer, KeyValues)]
     for layer in roomy_layers:
-        layer.keys, layer.values = (torch.cat([x, x.new_zeros(2, 200, 2, 4)], dim=1) for x in vars(layer).values())
+        for name, x in vars(layer).items():
+            setattr(layer, name, torch.cat([x, x.new_zeros(2, 200, *x.shape[2:])], dim=1))
     sizes, tokens = set(), draw(2, 40, seed=1)
     for t in range(40):
         kept = contents(cache)["1.keys"]
@@ -226,7 +259,8 @@ def test_autocast_computes_in_half_and_remembers_in_full(hybrid, long_memory, ki
         assert logits.dtype == torch.bfloat16
         # Some dozen roundings of 2^-9 through four layers.
         assert_matches(logits, expected, 0.05, "autocast")
-        assert {tensor.dtype for layer in cache.layers for tensor in vars(layer).values()} == {torch.float32}
+        dtypes = {tensor.dtype for layer in cache.layers for tensor in vars(layer).values()}
+        assert dtypes == {torch.float32} | ({torch.int8} if kind == "eight bits" else set())
 
     check(more)
     assert_rejects(check, more.roll(1, dims=1))

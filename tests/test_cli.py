@@ -11,6 +11,7 @@ import torch
 import minijamba as mj
 from minijamba import checkpoint, cli, data, doctor
 from minijamba.evaluate import bits_per_byte
+from minijamba.quantize import SCHEMES
 from minijamba.tasks import accuracy, solved, task_batch
 from minijamba.testing import assert_rejects
 from minijamba.tokenizer import BOS, BPETokenizer, load_tokenizer
@@ -87,7 +88,7 @@ def test_generate_samples_the_same_text_from_the_same_seed(theirs, run):
 
 def test_generate_continues_with_the_shipped_model_unless_told_otherwise(run):
     model, tokenizer = mj.load(), load_tokenizer(checkpoint.SHIPPED)
-    assert cli.SHIPPED == checkpoint.SHIPPED
+    assert (cli.SHIPPED, list(cli.SCHEMES)) == (checkpoint.SHIPPED, list(SCHEMES))
 
     def check(prompt):
         status, shown, _ = run("generate", "--prompt", "import os\n", "--max-new-tokens", 8)
@@ -113,6 +114,37 @@ def test_convert_keeps_the_logits(theirs, run, tmp_path):
     converted, original = mj.load(tmp_path / "half", dtype="float32")(tokens), model(tokens).logits
     # bfloat16 weights: 8 bits, over eight layers
     assert (converted - original).abs().max() < 0.1 * original.abs().max()
+
+
+def test_convert_and_generate_with_packed_weights(theirs, run, tmp_path):
+    """The checkpoint of packed weights continues as the one that is packed while it loads; each scheme its own way."""
+    _, folder = theirs
+    status, shown, _ = run("convert", folder, tmp_path / "packed", "--quantize", "int4-all")
+    assert status == 0 and "written" in shown
+    prompt = ("--tokens", "1,17,5,200", "--max-new-tokens", 12)
+    _, expected, _ = run("generate", "--model", tmp_path / "packed", *prompt)
+
+    def check(*options):
+        status, shown, _ = run("generate", "--model", folder, *prompt, *options)
+        assert status == 0 and len(shown.split()) == 12 and shown == expected
+
+    check("--quantize", "int4-all")
+    assert_rejects(lambda options: check(*options), ("--quantize", "int8"), ())
+    status, _, error = run("generate", "--model", tmp_path / "packed", *prompt, "--quantize", "int8")
+    assert status == 2 and "packed as 'int4-all'" in error and error.count("\n") == 1
+
+
+def test_convert_makes_a_random_checkpoint(run, tmp_path):
+    status, shown, _ = run("convert", "--random", "tiny", tmp_path / "a", "--dtype", "bfloat16", "--seed", 3)
+    assert status == 0 and "written" in shown
+    checkpoint.write_random(mj.preset("tiny"), tmp_path / "b", seed=3, dtype="bfloat16")
+    checkpoint.write_random(mj.preset("tiny"), tmp_path / "c", seed=0, dtype="bfloat16")
+
+    def check(folder):
+        assert (tmp_path / "a" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+    check(tmp_path / "b")
+    assert_rejects(check, tmp_path / "c")
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +263,9 @@ def test_budget_of_a_preset_and_of_a_file(run, theirs):
     _, shown, _ = run("budget", "jamba-v0.1", "--memory", 80, "--quantize", "int8", "--context", 1024)
     assert "fits in 80 GiB" in shown
     assert "does not fit in 80 GiB" in run("budget", "--memory", 80)[1]
+    assert tuple(SCHEMES) == cli.SCHEMES and all(
+        "weights in " + q in run("budget", "--quantize", q)[1] for q in SCHEMES
+    )
     assert "any number of tokens" in run("budget", "mamba-130m", "--memory", 80)[1]
     compared = run("budget", "--compare", "--context", 131072)[1]
     assert "131,072 tokens" in compared and "46,702,792,704" in compared and "2.00 GiB" in compared
@@ -247,6 +282,11 @@ def test_budget_of_a_preset_and_of_a_file(run, theirs):
         (("budget", "--compare", "--memory", "80"), "--compare takes --context alone"),
         (("generate", "--model", "nowhere", "--prompt", "a"), "nowhere does not exist"),
         (("convert", "nowhere", "there"), "nowhere does not exist"),
+        (("convert", "there"), "convert takes SRC and DST, or --random PRESET"),
+        (("convert", "nowhere", "there", "--seed", "1"), "convert takes SRC and DST, or --random PRESET"),
+        (("convert", "--random", "tiny", "nowhere", "there"), "--random takes DST, --seed and --dtype alone"),
+        (("convert", "--random", "tiny", "there", "--quantize", "int8"), "--random takes DST, --seed and --dtype"),
+        (("convert", "--random", "huge", "there"), "no preset is called 'huge'"),
         (("train", "nowhere.toml"), "nowhere.toml does not exist: give a recipe"),
         (("study", "triplets"), "there is no study 'triplets': choose of twins"),
         (("study", "twins", "--steps", "0"), "0 steps and 3 seeds train nothing"),

@@ -285,7 +285,10 @@ def test_step_equals_one_token_of_the_whole(width, channels):
 def test_step_compiles_into_one_graph():
     torch.compiler.reset()
     x, weight, bias, state = arguments(1).values()
-    torch.library.opcheck(torch.ops.minijamba.conv_step.default, (state.clone(), x[:, 0], weight, bias, True))
+    real = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for rows in (None, real):
+        arguments_of_step = (state.clone(), x[:, 0], weight, bias, True, rows)
+        torch.library.opcheck(torch.ops.minijamba.conv_step.default, arguments_of_step)
     compiled = torch.compile(causal_conv_step, fullgraph=True, backend="aot_eager")
     expected, last = naive(x, weight, bias, state=state, return_state=True)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minijamba import fused_norm
+from minijamba import fused_linear, fused_norm
 from minijamba.cache import Cache, Layout
 from minijamba.conv import fused as fused_conv
 from minijamba.mamba import Mamba
@@ -192,7 +192,7 @@ def test_mixer_step_of_other_sizes(mixer, sizes):
 def test_mixer_step_is_five_launches(mixer, monkeypatch):
     config, mamba = mixer(torch.float32)
     launched = []
-    for kernel in fused_conv._step, fused_step._select_and_step:
+    for kernel in fused_conv._step, fused_linear._product, fused_step._select_and_step:
         monkeypatch.setattr(kernel, "run", lambda *_, kernel=kernel, **__: launched.append(kernel))
 
     class Operations(TorchDispatchMode):
@@ -208,8 +208,9 @@ def test_mixer_step_is_five_launches(mixer, monkeypatch):
         x = torch.randn(2, 1, 24, device=DEVICE)
         with torch.no_grad(), use_rung(rung), Operations():
             mamba(x, Layout(), cache)
-        assert launched == ["mm", fused_conv._step, "mm", fused_step._select_and_step, "mm"]
+        assert launched == ["mm", fused_conv._step, fused_linear._product, fused_step._select_and_step, "mm"]
 
+    fused_linear._arrivals(torch.device(DEVICE), fused_linear._stream(torch.device(DEVICE)), 1)  # made once
     check("fused")
     assert_rejects(check, "parallel")
 

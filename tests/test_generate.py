@@ -1,5 +1,7 @@
 """Generation against its definition: the whole prompt again for each token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -7,7 +9,10 @@ from transformers import RepetitionPenaltyLogitsProcessor
 import minijamba as mj
 from minijamba.cache import MambaState
 from minijamba.generate import _penalise, generate, sample
-from minijamba.testing import assert_rejects
+from minijamba.rungs import use_rung
+from minijamba.testing import assert_matches, assert_rejects
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +140,105 @@ def test_a_second_turn_after_rows_that_stopped_at_different_times(model):
     follow = generate(model, second, max_new_tokens=5, stop=(), cache=cache)
     whole = [row + answer + more for row, answer, more in zip(rows, answers, second, strict=True)]
     assert torch.equal(follow, torch.cat([generate(model, row, max_new_tokens=5, stop=()) for row in whole]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rung", ["naive", "fused"])
+def test_a_fixed_cache_gives_the_same_logits(hybrid, long_memory, rung):
+    """Rows of different lengths, one of which ends on the way: it stays as it was, and its neighbours do not notice."""
+    model = long_memory(mj.Jamba(hybrid)).to(DEVICE).eval()
+    tokens = torch.tensor(prompt(20, 20), device=DEVICE)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, 9:] = False
+    next_tokens = torch.tensor(prompt(6, 6, seed=1), device=DEVICE).T
+    real = torch.tensor([[True, True], [True, True], [True, False], [False, True], [True, True], [True, False]])
+
+    def run(fix, real):
+        cache, logits = model.new_cache(2), []
+        with use_rung(rung):
+            model(tokens, cache=cache, mask=mask)
+            if fix:
+                cache.fix(40)
+                places = [vars(layer)[name].data_ptr() for layer in cache.layers for name in vars(layer)]
+            for step, writing in zip(next_tokens, real.to(DEVICE), strict=True):
+                logits.append(model(step[:, None], cache=cache, mask=writing[:, None])[:, 0])
+        if fix:
+            assert places == [vars(layer)[name].data_ptr() for layer in cache.layers for name in vars(layer)]
+            cache.measure()
+        logits.append(model(torch.tensor([[7], [8]], device=DEVICE), cache=cache)[:, 0])
+        return {"logits": torch.stack(logits), "lengths": cache.lengths}
+
+    def check(other):
+        assert_matches(run(True, real), run(False, other), 1e-5, "fixed")
+
+    check(real)
+    assert_rejects(check, real | torch.tensor([False, True]), real.flip(0))
+
+
+@torch.no_grad()
+def test_a_fixed_cache_attends_to_its_window_and_turns_by_position(long_memory):
+    """Mistral's layers: rotary positions, and a window of the last tokens."""
+    config = mj.JambaConfig(
+        vocab_size=41, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=1, attn_layer_period=1, attn_layer_offset=0, rope_theta=100.0,
+        sliding_window=5, model_type="minijamba",
+    )  # fmt: skip
+    tokens = torch.tensor(prompt(12, 12), device=DEVICE)
+
+    def run(config, rung):
+        model = long_memory(mj.Jamba(config)).to(DEVICE).eval()
+        cache = model.new_cache(2)
+        with use_rung(rung):
+            model(tokens[:, :4], cache=cache)
+            cache.fix(12)
+            return torch.cat([model(tokens[:, i : i + 1], cache=cache) for i in range(4, 12)], 1)
+
+    expected = long_memory(mj.Jamba(config)).to(DEVICE).eval()(tokens)[:, 4:]
+
+    def check(config):
+        for rung in ("naive", "fused"):
+            assert_matches(run(config, rung), expected, 1e-5, rung)
+
+    check(config)
+    assert_rejects(check, replace(config, sliding_window=6), replace(config, rope_theta=101.0))
+
+
+def test_a_fixed_cache_makes_room_and_refuses_documents(model):
+    cache = model.new_cache(1)
+    cache.fix(2)
+    with torch.no_grad():
+        expected = model(torch.tensor(prompt(9)))
+        actual = torch.cat([model(torch.tensor([[token]]), cache=cache) for token in prompt(9)[0]], 1)
+    assert_matches(actual, expected, 1e-12, "logits")
+    packed = model.new_cache(1)
+    model(torch.tensor([[5, 6]]), cache=packed, segments=torch.tensor([[0, 1]]))
+    with pytest.raises(ValueError, match="packed documents"):
+        packed.fix(9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.3, "top_k": 5}])
+def test_a_recorded_step_writes_what_the_loop_writes(hybrid, long_memory, dtype, options):
+    """Two turns on one cache, in which the rows end at different times. Without a GPU, both are the loop."""
+    model = long_memory(mj.Jamba(hybrid)).to(DEVICE, dtype).eval()
+    free = generate(model, prompt(4, 9, 1), max_new_tokens=60, stop=(), **options)
+    stops = (int(free[0, 20]), int(free[1, 35]))
+
+    def write(stop=stops, graph=True):
+        cache = model.new_cache(3)
+        cache.fix(200)
+        settings = {"max_new_tokens": 60, "stop": stop, "cache": cache, "graph": graph, **options}
+        return generate(model, prompt(4, 9, 1), **settings), generate(model, prompt(2, 2, 2), **settings), cache.lengths
+
+    expected = write(graph=False)
+    assert len({int(length) for length in expected[2]}) == 3, "rows end at different times"
+
+    def check(turns):
+        for one, other in zip(turns, expected, strict=True):
+            assert torch.equal(one, other)
+
+    check(write())
+    assert_rejects(check, write(()))
 
 
 def test_no_new_tokens(model):

@@ -11,10 +11,12 @@ from minijamba.testing import assert_rejects
 PACKAGE = Path(minijamba.__file__).parent
 # From the ground up; a module imports only from rows below its own. "minijamba" is the package's own __init__.
 LEVELS = [
-    "families testing plots rungs tokenizer ngram",
-    "config fused_norm fused_glu fused_loss data",
-    "norm scan conv moe mlp loss cache budget tasks",
-    "attention mamba",
+    "families testing plots rungs tokenizer ngram packed",
+    "config fused_overlap data stored",
+    "fused_norm fused_glu fused_loss fused_linear stream",
+    "fused_attention quantize",
+    "norm scan conv moe mlp loss cache budget tasks writing",
+    "attention mamba packed_files random_weights",
     "block",
     "model",
     "generate checkpoint train evaluate probes",

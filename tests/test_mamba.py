@@ -104,15 +104,15 @@ def test_step_form_equals_full_form(hybrid, mamba, x, rung):
 def test_one_token_takes_the_step_and_only_without_gradients(hybrid, mamba, x, monkeypatch):
     cache = Cache(hybrid, 2, dtype=torch.float64).layers[0]
     steps = []
-    monkeypatch.setattr(Mamba, "step", lambda self, x, cache: steps.append(1) or x)
+    monkeypatch.setattr(Mamba, "step", lambda self, x, cache, real: steps.append(real) or x)
     mamba(x[:, :1], Layout(), cache)
-    assert len(steps) == 1
+    mamba(x[:, :1], Layout(real=torch.tensor([[True], [False]])), cache)
+    assert steps[0] is None and steps[1].tolist() == [True, False]
     with torch.enable_grad():
         mamba(x[:, :1], Layout(), cache)
     mamba(x[:, :2], Layout(), cache)
-    mamba(x[:, :1], Layout(real=torch.ones(2, 1, dtype=torch.bool)), cache)
     mamba(x[:, :1], Layout(documents=torch.ones(2, 1, dtype=torch.long)), cache)
-    assert len(steps) == 1
+    assert len(steps) == 2
 
 
 @pytest.mark.parametrize("rung", RUNGS)

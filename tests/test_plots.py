@@ -178,6 +178,37 @@ def test_race_compares_with_the_first():
     assert_rejects(check, times | {"ours": [1.0, 2.0, 4.5]}, {"theirs": times["theirs"], **times})
 
 
+def test_packing_errors_stand_at_their_layer():
+    layers, kinds = [0, 0, 1, 4], ["mamba", "mlp", "moe", "attention"]
+    errors = {"8 bits": [0.7, 0.6, 0.8, 0.75], "4 bits": [9.0, 9.5, 10.0, 9.25]}
+
+    def check(kinds):
+        panels = plots.packing_errors(layers, kinds, errors, {"8 bits": 0.65, "4 bits": 9.1}).axes
+        assert [axes.get_title(loc="left") for axes in panels] == list(errors)
+        for axes, values, expected in zip(panels, errors.values(), [0.65, 9.1], strict=True):
+            *dots, line = axes.lines
+            found = {(colour(dot), round(dot.get_xdata()[0], 2), dot.get_ydata()[0]) for dot in dots}
+            places = zip(("mamba", "mlp", "moe", "attention"), (-0.15, 0.15, 1.15, 3.85), values, strict=True)
+            assert found == {(plots.COLOURS[kind], place, value) for kind, place, value in places}
+            assert line.get_ydata()[0] == expected and axes.get_ylabel() == "relative error in %"
+
+    check(kinds)
+    assert_rejects(check, kinds[::-1], ["mamba", "mlp", "mlp", "attention"])
+
+
+def test_rounded_weights_are_drawn_by_size():
+    weights, levels = np.array([0.9, -0.4, 0.1]), [-1.0, 0.0, 1.0]
+
+    def check(rounded):
+        (axes,) = plots.rounded_weights(weights, {"three": (levels, rounded)}).axes
+        exact, found = axes.lines
+        assert_matches([exact.get_ydata(), found.get_ydata()], [[-0.4, 0.1, 0.9], [0.0, 0.0, 1.0]], 0)
+        assert [segment[0, 1] for segment in axes.collections[0].get_segments()] == levels
+
+    check(np.array([1.0, 0.0, 0.0]))
+    assert_rejects(check, np.array([0.0, 0.0, 1.0]))
+
+
 COLOUR_BLINDNESS = {  # on linear RGB: Machado, Oliveira and Fernandes 2009, full severity
     "none": np.eye(3),
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],

@@ -4,8 +4,14 @@
     minijamba bench conv
     minijamba bench mixer
     minijamba bench train      whole steps of training
+    minijamba bench decode     models of full size: tokens written a second
+    minijamba bench prefill    tokens read a second, the longest context
+    minijamba bench throughput prompt and answer together
+    minijamba bench load       from files to the first token
+    minijamba bench agreement  the logits of one checkpoint, here and in transformers
 
-`scan`, `conv` and `mixer` say what is compared, `measure` how it is measured; `records` writes and shows it.
+`scan`, `conv` and `mixer` say what is compared, `measure` how it is measured; `records` writes and shows it. Models of
+full size are compared in `serving`, each of `programs` in a process `apart`.
 """
 
 import argparse
@@ -16,17 +22,29 @@ from pathlib import Path
 
 import torch
 
+from ..quantize import SCHEMES
 from ..rungs import find_device
+from .agreement import ALL, DTYPES, bench_agreement
 from .conv import CONV
+from .decode import bench_decode
+from .load import bench_load
 from .measure import MEASURES, Run, Setting, available, card, warn_of_company
 from .mixer import MIXER
+from .prefill import bench_prefill
+from .programs import PROGRAMS
 from .records import record, table
 from .scan import SCAN
+from .throughput import bench_throughput
 from .train import PREPARE, bench_train
 
 __all__ = ["COMPONENTS", "add_arguments", "bench", "record", "run", "table"]
 
 COMPONENTS = {component.name: component for component in (SCAN, CONV, MIXER)}
+# Those of whole models, each a function that measures and records.
+WHOLE = {
+    "train": bench_train, "decode": bench_decode, "prefill": bench_prefill, "throughput": bench_throughput,
+    "load": bench_load, "agreement": bench_agreement,
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +74,85 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--repeats", type=int, default=5, metavar="N", help="the median of so many means (5)")
     verb.add_argument("--commit", metavar="HASH", help="to record where the files lie without their repository")
     verb.add_argument("--output", type=Path, metavar="FILE", help="data/measurements/train_DEVICE.json")
+    _add_serving(verbs)
+    _add_load(verbs)
+    _add_agreement(verbs)
+
+
+def _add_serving(verbs) -> None:
+    helps = {
+        "decode": "tokens that models of full size write a second, beside transformers and vLLM",
+        "prefill": "tokens that models of full size read a second, beside transformers and vLLM",
+        "throughput": "prompt and answer of models of full size from end to end",
+    }
+    for name, help in helps.items():
+        verb = verbs.add_parser(name, help=help, description=help, epilog=f"sides: {'; '.join(PROGRAMS)}")
+        verb.set_defaults(component=name)
+        _add_common(verb, name)
+        verb.add_argument("--models", nargs="+", metavar="PRESET", help="as jamba-v0.1")
+        verb.add_argument("--cases", nargs="+", metavar="CASE", help="batch and tokens of context, as 1x1024 64x8192")
+        verb.add_argument("--sides", nargs="+", metavar="SIDE", help="what to compare")
+        verb.add_argument("--repeats", type=int, metavar="N", help="calls of which the median counts")
+        verb.add_argument("--add", action="store_true", help="keep what the file has and this run does not measure")
+        if name != "prefill":
+            verb.add_argument("--new", type=int, metavar="N", help="tokens that are written")
+    verbs.choices["prefill"].add_argument("--longest", action="store_true", help="also the longest context that runs")
+    verbs.choices["prefill"].add_argument("--tries", type=int, default=2, metavar="N", help="of --longest (2)")
+
+
+def _add_load(verbs) -> None:
+    help = "seconds from the files of a checkpoint to the first token, beside the reading of the files alone"
+    verb = verbs.add_parser("load", help=help, description=help)
+    verb.set_defaults(component="load")
+    verb.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of a checkpoint")
+    verb.add_argument("--saved", action="store_true", help="also as int8-all, written beside it for a while")
+    _add_common(verb, "load")
+
+
+def _add_agreement(verbs) -> None:
+    help = "one checkpoint here and in transformers: how far the logits are apart, how often the choices are alike"
+    verb = verbs.add_parser("agreement", help=help, description=help, epilog=f"sides: {'; '.join(ALL)}")
+    verb.set_defaults(component="agreement")
+    verb.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of a checkpoint")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; transformers takes all GPUs (auto)")
+    verb.add_argument("--schemes", nargs="+", choices=("none", *SCHEMES), help="how our weights are held")
+    verb.add_argument("--sides", nargs="+", metavar="SIDE", help="what to compare with transformers in float32")
+    verb.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"that they compute in ({DTYPES[0]})")
+    verb.add_argument("--batch", type=int, default=4, metavar="N", help="rows of tokens (4)")
+    verb.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a row (512)")
+    verb.add_argument("--new", type=int, default=64, metavar="N", help="tokens that are written after each row (64)")
+    verb.add_argument("--keep", type=Path, metavar="DIR", help="where answers stay, so that no side is asked again")
+    verb.add_argument("--add", action="store_true", help="keep what the file has and this run does not measure")
+    verb.add_argument("--commit", metavar="HASH", help="to record where the files lie without their repository")
+    verb.add_argument("--output", type=Path, metavar="FILE", help="data/measurements/agreement_DEVICE.json")
+
+
+def _add_common(verb, name: str) -> None:
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto)")
+    verb.add_argument("--schemes", nargs="+", choices=(*SCHEMES, "none"), help="how our weights are held")
+    verb.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, for a process with packed weights")
+    verb.add_argument("--commit", metavar="HASH", help="to record where the files lie without their repository")
+    verb.add_argument("--output", type=Path, metavar="FILE", help=f"data/measurements/{name}_DEVICE.json")
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure what the parsed options ask for. Returns the exit status."""
     options = vars(options)
-    if options["component"] == "train":
-        bench_train(**{name: value for name, value in options.items() if name != "component"})
+    if options["component"] in WHOLE:
+        WHOLE[options.pop("component")](**_words_read(options))
         return 0
     if options["measure"]:
         options["measure"] = {name: [_case(word) for word in words] for name, *words in options["measure"]}
     bench(options.pop("component"), **options)
     return 0
+
+
+def _words_read(options: dict) -> dict:
+    if options.get("cases"):
+        options["cases"] = [_case(word) for word in options["cases"]]
+    if options.get("schemes"):
+        options["schemes"] = [None if word == "none" else word for word in options["schemes"]]
+    return options
 
 
 def _case(word: str) -> tuple[int, int]:

@@ -13,8 +13,12 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PACKAGES = ("minijamba", "torch", "transformers", "mambapy", "triton", "mamba-ssm", "causal-conv1d", "numpy")
-TITLES = {"scan": "selective scan", "conv": "causal convolution", "mixer": "Mamba mixer", "train": "training"}
+PACKAGES = ("minijamba", "torch", "transformers", "mambapy", "triton", "mamba-ssm", "causal-conv1d", "vllm", "numpy")
+TITLES = {
+    "scan": "selective scan", "conv": "causal convolution", "mixer": "Mamba mixer", "train": "training",
+    "decode": "decoding", "prefill": "reading a prompt", "throughput": "prompt and answer", "load": "loading",
+    "agreement": "agreement",
+}  # fmt: skip
 SIZES = ("hidden", "channels", "states", "rank", "width")
 
 
@@ -22,7 +26,7 @@ def record(
     name: str,
     rows: list[dict],
     *,
-    device: torch.device,
+    device: torch.device | str,
     output: Path | None = None,
     commit: str | None = None,
     **facts,
@@ -32,7 +36,7 @@ def record(
     Args:
         name:   of the measurement and of its file, data/measurements/<name>.json.
         rows:   one dict a figure.
-        device: that was measured.
+        device: that was measured, or its name.
         output: another file.
         commit: of the files that ran; asked of git when None.
         facts:  what else holds for all rows: sizes, dtype, repeats.
@@ -40,7 +44,7 @@ def record(
     """
     measurement = {
         "name": name,
-        "device": device_name(device),
+        "device": device if isinstance(device, str) else device_name(device),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": {package: version for package in PACKAGES if (version := _version(package))},
@@ -50,8 +54,7 @@ def record(
         **facts,
         "rows": rows,
     }
-    home = REPOSITORY if (REPOSITORY / "data").is_dir() else Path()
-    path = output or home / "data" / "measurements" / f"{name}.json"
+    path = output or place(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
     aside.write_text(json.dumps(measurement, indent=1) + "\n", encoding="utf-8")
@@ -59,9 +62,15 @@ def record(
     return path
 
 
+def place(name: str) -> Path:
+    """The file of the measurement of that name."""
+    home = REPOSITORY if (REPOSITORY / "data").is_dir() else Path()
+    return home / "data" / "measurements" / f"{name}.json"
+
+
 def _command(arguments: list[str]) -> str:
     """As it would be given in the repository: where a file was written says nothing about the figures in it."""
-    where = ("--output", "--record", "--commit")
+    where = ("--output", "--record", "--commit", "--keep")
     kept = [
         word
         for before, word in zip(["", *arguments], arguments, strict=False)
@@ -104,13 +113,16 @@ def _commit() -> str | None:
 
 
 def table(measurement: dict) -> str:
-    """A recorded measurement as text: a line a case, a column a side, and in brackets how many times the first side."""
-    lines: dict[str, dict[str, tuple[float, str]]] = {}
-    for row in measurement["rows"]:
+    """A recorded measurement as text: a line a case, a column a side, and in brackets how many times the first side.
+
+    Whole models have a column for each side and each way to hold their weights.
+    """
+    rows, lines = measurement["rows"], {}
+    for row in rows:
         for figure, text, unit in _figures(row):
-            case = f"{row['measure']}{unit}, {row.get('batch', measurement.get('batch'))} x {row['steps']}"
-            lines.setdefault(case, {})[row["side"]] = figure, text
-    sides = list(dict.fromkeys(row["side"] for row in measurement["rows"]))
+            case = _case(row, unit, measurement.get("batch"))
+            lines.setdefault(case, {})[_column(row)] = figure, text
+    sides = list(dict.fromkeys(map(_column, rows)))
     first, widths = max(map(len, lines), default=0), [max(16, len(side)) for side in sides]
     sizes = "".join(f", {size} {measurement[size]}" for size in SIZES if size in measurement)
     title = TITLES[measurement["name"].split("_")[0]]
@@ -124,12 +136,28 @@ def table(measurement: dict) -> str:
         cells = [_cell(figures.get(side), None if side == sides[0] else ours) for side in sides]
         padded = "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         shown.append(f"{case:<{first}}{padded}")
+    shown += [f"failed: {_column(row)}, {_case(row, '', 1)}: {row['failed']}" for row in rows if "failed" in row]
     shown += [f"left out: {side}: {reason}" for side, reason in measurement.get("left_out", {}).items()]
     return "\n".join(shown)
 
 
+def _column(row: dict) -> str:
+    return f"{row['side']} {row['quantize'] or row['dtype']}" if "model" in row else row["side"]
+
+
+def _case(row: dict, unit: str, batch: int | None) -> str:
+    what = f"{row['model']}, {row['measure']}" if "model" in row else row["measure"]
+    steps = row.get("steps", row.get("context"))
+    if row["measure"] == "longest context" or steps is None:
+        return f"{what}{unit}"
+    return f"{what}{unit}, {row.get('batch', batch)} x {steps}"
+
+
 def _figures(row: dict) -> Iterator[tuple[float, str, str]]:
     """A row's figures, each with its text and its unit."""
+    if "model" in row:
+        yield from _figures_of_model(row)
+        return
     if "milliseconds" in row:
         yield row["milliseconds"], f"{row['milliseconds']:.{3 if row['milliseconds'] < 10 else 1}f}", " in ms"
     if "tokens_per_second" in row:
@@ -140,7 +168,41 @@ def _figures(row: dict) -> Iterator[tuple[float, str, str]]:
         yield row["error"], f"{row['error']:.1e}", ""
 
 
+# What the rows of whole models have: name -> what a figure is divided by, how it is written, its unit.
+OF_MODELS = {
+    "tokens_per_second": (1, ",.1f", " in tokens/s"),
+    "roofline": (0.01, ".0f", " in % of the bandwidth"),
+    "matrix_share": (0.01, ".0f", " in % of the matrix rate"),
+    "load_seconds": (1, ".2f", " in s"),
+    "times_reading": (1, ".2f", " in times the reading of the files"),
+    "first_token_seconds": (1, ".2f", ": to the first token in s"),
+    "peak_bytes": (2**30, ".2f", ": most memory in GiB"),
+    "host_bytes": (2**30, ".2f", ": most memory of the host in GiB"),
+    "error": (1, ".1e", ": error of the logits"),
+    "median_error": (1, ".1e", ": error at the middle position"),
+    "worst_error": (1, ".1e", ": error at the worst position"),
+    "divergence": (1, ".1e", ": divergence in nats"),
+    "same_choice": (0.01, ".2f", ": same next token in %"),
+    "in_top_5": (0.01, ".2f", ": next token among the first 5 in %"),
+    "same_experts": (0.01, ".2f", ": same experts in %"),
+    "same_new": (1, ".1f", ": tokens written alike"),
+    "loading_seconds": (1, ".1f", ": loading in s"),
+}
+
+
+def _figures_of_model(row: dict) -> Iterator[tuple[float, str, str]]:
+    if "failed" in row:
+        text = row["failed"] if row["failed"] == "out of memory" else "failed"
+        units = {"load": " in s", "agreement": ": error of the logits"}
+        yield 0, text, next((unit for name, unit in units.items() if row["measure"].startswith(name)), " in tokens/s")
+    if row["measure"] == "longest context" and "failed" not in row:
+        yield row["context"], f"{row['context']:,}", " in tokens"
+    for name, (unit, form, text) in OF_MODELS.items():
+        if name in row:
+            yield row[name], f"{row[name] / unit:{form}}", text
+
+
 def _cell(figure: tuple[float, str] | None, ours: tuple[float, str] | None) -> str:
     if figure is None:
         return "-"
-    return f"{figure[1]} ({figure[0] / ours[0]:.1f}x)" if ours and ours[0] else figure[1]
+    return f"{figure[1]} ({figure[0] / ours[0]:.1f}x)" if ours and ours[0] and figure[0] else figure[1]

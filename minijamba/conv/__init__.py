@@ -55,18 +55,19 @@ def causal_conv_step(
     bias: Tensor | None = None,
     *,
     activation: bool = True,
+    real: Tensor | None = None,
     rung: str = "auto",
 ) -> Tensor:
     """One step of `causal_conv`: x (b, c), window (b, w-1, c) as its state; the rest as there. Returns y (b, c).
 
-    The window is updated in place, and so there are no gradients.
+    The window is updated in place, and so there are no gradients; not in rows where `real` (b,) bool is False.
     """
     wanted = (x.shape[0], weight.shape[1] - 1, x.shape[1])
     if tuple(window.shape) != wanted or weight.shape[0] != x.shape[1]:
         at = f"beside x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         raise ValueError(f"window must be {wanted} {at}, whose channels must agree; it is {tuple(window.shape)}")
     run = choose("conv", rung, step_rungs(x.device), x.device)
-    return run(window, x, weight, bias, activation)
+    return run(window, x, weight, bias, activation, real)
 
 
 def rungs(device: torch.device) -> dict[str, Callable]:

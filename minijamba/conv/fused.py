@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fused_overlap import gdc_launch_dependents, gdc_wait, overlap
 from ..rungs import ceil_div
 
 # What one program works on, and its warps of 32 threads.
@@ -31,18 +32,25 @@ def conv(
     return run(x, weight, bias, state, documents, activation)
 
 
-def step(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
-    """One token, x (b, c) -> y (b, c); the window (b, w-1, c) takes it in and drops its oldest, in place."""
+def step(
+    window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, real: Tensor | None
+) -> Tensor:
+    """One token, x (b, c) -> y (b, c); the window (b, w-1, c) takes it in and drops its oldest, in place.
+
+    In rows where `real` (b,) bool is False the window stays as it is.
+    """
     run = _step_operator if torch.compiler.is_compiling() else _token
-    return run(window, x, weight, bias, activation)
+    return run(window, x, weight, bias, activation, real)
 
 
-def _token(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
+def _token(
+    window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, real: Tensor | None
+) -> Tensor:
     y = torch.empty_like(x)
     batch, channels = x.shape
     _step[ceil_div(channels, STEP["C"]), batch](
-        window, window.stride(), x, x.stride(), weight.contiguous(), _dense(bias), y, y.stride(), channels,
-        WIDTH=weight.shape[1], ACTIVATION=activation, WIDE=_wide(x), **STEP,
+        window, window.stride(), x, x.stride(), real, weight.contiguous(), _dense(bias), y, y.stride(), channels,
+        WIDTH=weight.shape[1], ACTIVATION=activation, WIDE=_wide(x), **STEP, **overlap(x.device),
     )  # fmt: skip
     return y
 
@@ -51,7 +59,7 @@ _step_operator = torch.library.custom_op("minijamba::conv_step", _token, mutates
 
 
 @_step_operator.register_fake
-def _(window, x, weight, bias, activation):
+def _(window, x, weight, bias, activation, real):
     return torch.empty_like(x)
 
 
@@ -211,10 +219,13 @@ def _backward(
 
 @triton.jit
 def _step(
-    window, window_at, x, x_at, weight, bias, y, y_at, channels,
-    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr,
+    window, window_at, x, x_at, real, weight, bias, y, y_at, channels,
+    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The next token of C channels: y, and the window a step further."""
+    """The next token of C channels: y, and the window a step further, where the token is real."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     b = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * C + tl.arange(0, C)
     taps, offset = _filter(weight, bias, c, channels, WIDTH, WIDE)
@@ -226,8 +237,9 @@ def _step(
     a = _dot(taps, inputs, offset, WIDTH)
     tl.store(y + b * y_at[0] + c * y_at[1], a * _sigmoid(a) if ACTIVATION else a, mask=c < channels)
     tl.debug_barrier()  # every thread has read the window before one of them writes to it
+    moves = True if real is None else tl.load(real + b)
     for j in tl.static_range(WIDTH - 1):
-        _write(window, window_at, j, True, c, channels, inputs[j + 1])
+        _write(window, window_at, j, moves, c, channels, inputs[j + 1])
 
 
 @triton.jit

@@ -27,10 +27,12 @@ def with_past(x: Tensor, state: Tensor | None, past: int) -> Tensor:
 
 
 @torch.no_grad()
-def step(window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool) -> Tensor:
+def step(
+    window: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: bool, real: Tensor | None
+) -> Tensor:
     """The function of `causal_conv_step`."""
     inputs = torch.cat([window, x[:, None].to(window.dtype)], dim=1)
-    window.copy_(inputs[:, 1:])
+    window.copy_(inputs[:, 1:] if real is None else torch.where(real[:, None, None], inputs[:, 1:], window))
     y = torch.einsum("b w c, c w -> b c", inputs, weight)
     y = y if bias is None else y + bias
     return F.silu(y) if activation else y

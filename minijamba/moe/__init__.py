@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ACTIVATIONS, JambaConfig
+from ..quantize import Packed, PackedWeight
 from ..rungs import choose, why_no_kernels
 from . import grouped, naive
 from .router import Routing, balance_loss, expert_load, route, sinkhorn
+
+FEW = 128  # choices that are routed and sorted in a kernel of one program
 
 __all__ = ["Experts", "MoE", "Routing", "balance_loss", "expert_load", "mixture", "route", "sinkhorn", "waits_for_host"]
 
@@ -38,7 +41,7 @@ def waits_for_host(config: JambaConfig, dtype: torch.dtype, device: torch.device
 
 
 def mixture(
-    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, *,
+    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor | Packed, up: Tensor | Packed, down: Tensor | Packed, *,
     act: str = "silu", biases: tuple[Tensor, Tensor, Tensor] | None = None, rung: str = "auto",
 ) -> Tensor:  # fmt: skip
     """The weighted sum of the chosen experts, each a gated linear unit.
@@ -49,7 +52,7 @@ def mixture(
         x:        (tokens, d)
         weights:  (tokens, k) what each chosen expert counts for, from `route`.
         indices:  (tokens, k) int64, which experts were chosen, 0 .. e-1.
-        gate, up: (e, f, d);  down: (e, d, f).
+        gate, up: (e, f, d);  down: (e, d, f);  each a tensor or packed in fewer bits, then not differentiable.
         act:      "silu" or "gelu".
         biases:   of gate and up (e, f), and of down (e, d), added to their products.
     Returns: y (tokens, d).
@@ -83,9 +86,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         biases = (self.gate_bias, self.up_bias, self.down_bias) if self.biased else None
-        return mixture(
-            x, weights, indices, self.gate_proj, self.up_proj, self.down_proj, act=self.act, biases=biases
+        stacks = (
+            stack.packed() if isinstance(stack, PackedWeight) else stack
+            for stack in (self.gate_proj, self.up_proj, self.down_proj)
         )
+        return mixture(x, weights, indices, *stacks, act=self.act, biases=biases)
 
 
 class MoE(nn.Module):
@@ -103,10 +108,30 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Routing]:
-        logits = self.router(x)
-        weights, indices = route(
-            logits.flatten(0, 1), self.chosen, self.routing, renormalise=self.renormalise,
-            training=self.training and torch.is_grad_enabled(), real=None if real is None else real.flatten(),
-        )  # fmt: skip
-        y = self.experts(x.flatten(0, 1), weights.to(x.dtype), indices)
-        return y.view_as(x), Routing(logits, indices.view(*x.shape[:2], self.chosen))
+        tokens = x.flatten(0, 1)
+        few = len(tokens) * self.chosen <= FEW and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        run = choose("moe", "auto", _route_rungs(x.device, few), x.device)
+        logits, weights, indices = run(self, tokens, None if real is None else real.flatten())
+        y = self.experts(tokens, weights.to(x.dtype), indices)
+        logits, indices = (tensor.view(*x.shape[:2], -1) for tensor in (logits, indices))
+        return y.view_as(x), Routing(logits, indices)
+
+
+def _route_rungs(device: torch.device, few: bool) -> dict[str, Callable]:
+    """How tokens (tokens, d) are routed; in one kernel where they are few and nothing is to be differentiated."""
+    implementations = {"naive": _route, "parallel": _route}
+    if why_no_kernels(device) is None:
+        implementations["fused"] = _fused_route if few else _route
+    return implementations
+
+
+def _route(moe: MoE, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    logits = moe.router(tokens)
+    training = moe.training and torch.is_grad_enabled()
+    return logits, *route(logits, moe.chosen, moe.routing, renormalise=moe.renormalise, training=training, real=real)
+
+
+def _fused_route(moe: MoE, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    from .fused_route import route as fused_route
+
+    return fused_route(tokens, moe.router.weight, moe.router.bias, moe.chosen, moe.routing, moe.renormalise)

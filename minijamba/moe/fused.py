@@ -20,11 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fused_glu import weighted_gated, weighted_gated_backward
+from ..fused_linear import product, unpack
 from ..fused_norm import product_dtype
+from ..fused_overlap import gdc_launch_dependents, gdc_wait, overlap
+from ..packed import Packed
 from ..rungs import ceil_div, operator
+from .fused_route import sort
 
 # Numbers that one program sums at once, and its warps of 32 threads.
 TILE, WARPS = 2048, 4
+# Bits -> choices an expert, up to which weights are read as stored. Beyond, other products are faster, also with the
+# time for unpacking.
+AS_STORED = {16: 16, 8: 256, 4: 128}
+FEW = 128  # choices that one program sorts
 
 
 def mixture(
@@ -36,10 +44,35 @@ def mixture(
     All experts at once in bfloat16 (or under autocast to it) where d and f are multiples of 8, on Hopper GPUs;
     otherwise one after the other, for which the host has to know how many tokens each has.
     """
+    packed = isinstance(gate, Packed)
+    learns = torch.is_grad_enabled() and (not packed or x.requires_grad or weights.requires_grad)
+    if not learns and not torch.compiler.is_compiling() and (packed or x.dtype == gate.dtype):
+        if indices.numel() <= _as_stored_up_to(gate) * len(gate):
+            return _as_stored(x, weights, indices, gate, up, down, act)
+        if packed:
+            return _mixture(x.contiguous(), weights.contiguous(), indices, gate, up, down, act)[0]
     dtype = product_dtype(x)
-    x, gate, up, down = (tensor.to(dtype).contiguous() for tensor in (x, gate, up, down))
+    x, gate, up, down = (_matrices(tensor).to(dtype).contiguous() for tensor in (x, gate, up, down))
     arguments = x, weights.contiguous(), indices, gate, up, down, act
     return _Mixture.apply(*arguments) if torch.is_grad_enabled() else _run(*arguments)[0]
+
+
+def _as_stored_up_to(stack: Tensor | Packed) -> int:
+    return AS_STORED[stack.bits if isinstance(stack, Packed) else 16]
+
+
+def _as_stored(
+    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor | Packed, up: Tensor | Packed, down: Tensor | Packed,
+    act: str,
+) -> Tensor:  # fmt: skip
+    """For few tokens an expert: the weights are read once, as they are stored, and no other expert's. No gradient."""
+    k = indices.shape[1]
+    if len(indices) == 1:  # one token chooses no expert twice
+        inner = product(x, gate, up, act, weights, chosen=indices, gather=k)
+        return product(inner, down, chosen=indices, add=True)
+    order, place, ends = (sort if indices.numel() <= FEW else _sort)(indices, len(gate))
+    inner = product(x, gate, up, act, weights, order, ends, gather=k)
+    return _sum_rows([product(inner, down, ends=ends)], place)
 
 
 class _Mixture(torch.autograd.Function):
@@ -61,11 +94,16 @@ def _mixture(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, and what the gradient needs again."""
     order, place, ends = _sort(indices, len(gate))
-    product = _product(gate, ends)
+    product = _product(gate.shape, x.dtype, x.device, ends)
     rows = _sum_rows([x], order // indices.shape[1])
-    g, u = product(rows, gate.mT), product(rows, up.mT)
+    g, u = product(rows, _matrices(gate).mT), product(rows, _matrices(up).mT)
     inner = weighted_gated(g, u, weights, order, act)
-    return _sum_rows([product(inner, down.mT)], place), g, u, order, place, ends
+    return _sum_rows([product(inner, _matrices(down).mT)], place), g, u, order, place, ends
+
+
+def _matrices(stack: Tensor | Packed) -> Tensor:
+    """Packed ones are unpacked when they are needed, so that memory holds one stack of them at a time."""
+    return unpack(stack) if isinstance(stack, Packed) else stack
 
 
 def _gradients(
@@ -73,7 +111,7 @@ def _gradients(
     g: Tensor, u: Tensor, order: Tensor, place: Tensor, ends: Tensor, act: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weights, gate, up and down."""
-    token, product = order // weights.shape[1], _product(gate, ends)
+    token, product = order // weights.shape[1], _product(gate.shape, gate.dtype, gate.device, ends)
     rows, drows = _sum_rows([x], token), _sum_rows([dy], token)
     dg, du, dweights, inner = weighted_gated_backward(product(drows, down), g, u, weights, order, act)
     dx = _sum_rows([product(dg, gate), product(du, up)], place)
@@ -110,13 +148,15 @@ def _sort(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, place, torch.searchsorted(chosen, expert, right=True, out_int32=True)
 
 
-def _product(stack: Tensor, ends: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _product(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ends: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
     """A function that multiplies group by group, where group i of rows ends before ends_i.
 
     (m, i) and one matrix a group (e, i, o) -> (m, o);  (i, m) and (m, o), both cut along m -> (e, i, o).
     """
-    _, inner, width = stack.shape
-    if all_at_once(inner, width, stack.dtype, stack.device):
+    _, inner, width = shape
+    if all_at_once(inner, width, dtype, device):
         return partial(F.grouped_mm, offs=ends)
     groups = list(pairwise([0, *ends.tolist()]))
 
@@ -149,6 +189,7 @@ def _sum_rows(sources: list[Tensor], index: Tensor) -> Tensor:
     _sum[ceil_div(rows, tile["ROWS"]), ceil_div(size, columns)](
         tuple(source.contiguous() for source in sources), index.contiguous(), y, rows,
         SIZE=size, K=index.numel() // rows, WIDE=tl.float64 if y.dtype == torch.float64 else tl.float32, **tile,
+        **overlap(y.device),
     )  # fmt: skip
     return y
 
@@ -157,7 +198,11 @@ def _sum_rows(sources: list[Tensor], index: Tensor) -> Tensor:
 def _sum(
     sources, index, y, rows,
     SIZE: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (c < SIZE)[None, :]

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..fused_norm import read_row, read_rows, rms_norm
+from ..fused_overlap import gdc_launch_dependents, gdc_wait, overlap
 from ..rungs import ceil_div
 from .fused import _sigmoid, _softplus
 
@@ -31,15 +32,15 @@ def step(
 
 def select_and_step(
     state: Tensor, x: Tensor, z: Tensor, selected: Tensor, norms: list[Tensor], eps: float,
-    dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+    dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, real: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """From `selected` (b, r + 2n), what x_proj gives, to y (b, c): three norms if any, dt_proj, the step, the gate.
 
     x, z (b, c); norms: the weights of the norms of delta (r,), B (n,) and C (n,), or none; dt_weight (c, r);
-    dt_bias, D (c,); A = -exp(A_log) (c, n). The state (b, c, n) is updated in place.
+    dt_bias, D (c,); A = -exp(A_log) (c, n). The state (b, c, n) is updated in place, in rows where real (b,) is True.
     """
     run = _select_and_step_operator if torch.compiler.is_compiling() else _selected_token
-    return run(state, x, z, selected, norms, eps, dt_weight, dt_bias, A_log, D)
+    return run(state, x, z, selected, norms, eps, dt_weight, dt_bias, A_log, D, real)
 
 
 def _token(
@@ -61,7 +62,7 @@ def _token(
 
 def _selected_token(
     state: Tensor, x: Tensor, z: Tensor, selected: Tensor, norms: list[Tensor], eps: float,
-    dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+    dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, real: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     x, z, selected = _rows(x), _rows(z), _rows(selected)
     batch, channels, states = state.shape
@@ -69,8 +70,8 @@ def _selected_token(
     rank = dt_weight.shape[1]
     sizes = TOGETHER if batch >= FEW and rank >= TILE and x.element_size() == 2 else ALONE
     _select_and_step[ceil_div(channels, sizes["BLOCK"]), ceil_div(batch, sizes["ROWS"])](
-        dense, x, z, selected, *(norms or [None] * 3), eps, dt_weight, dt_bias, A_log, D, y, batch, channels,
-        x.stride(0), z.stride(0), selected.stride(0), STATES=states, RANK=rank, **sizes,
+        dense, x, z, selected, *(norms or [None] * 3), eps, dt_weight, dt_bias, A_log, D, real, y, batch, channels,
+        x.stride(0), z.stride(0), selected.stride(0), STATES=states, RANK=rank, **sizes, **overlap(x.device),
     )  # fmt: skip
     return y if dense is state else _copied(dense, state, y)
 
@@ -117,19 +118,25 @@ def _step(
 
 @triton.jit(do_not_specialize=["batch"])
 def _select_and_step(
-    state, x, z, selected, dt_norm, B_norm, C_norm, eps: tl.constexpr, dt_weight, dt_bias, A_log, D, y, batch, channels,
-    x_b, z_b, selected_b, STATES: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    state, x, z, selected, dt_norm, B_norm, C_norm, eps: tl.constexpr, dt_weight, dt_bias, A_log, D, real, y, batch,
+    channels, x_b, z_b, selected_b, STATES: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     wide = state.dtype.element_ty
     b = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, triton.next_power_of_2(STATES))
     weight = tl.trans(read_rows(dt_weight, RANK, c, channels, RANK)).to(wide)
     A = -tl.exp(read_rows(A_log, STATES, c, channels, STATES).to(wide))
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     delta = _part(selected, selected_b, b, batch, dt_norm, eps, RANK, wide)
     B = _part(selected + RANK, selected_b, b, batch, B_norm, eps, STATES, wide)
     C = _part(selected + RANK + STATES, selected_b, b, batch, C_norm, eps, STATES, wide)
     delta = _times(delta.to(wide), weight, ROWS).to(x.dtype.element_ty).to(wide)
     delta = _softplus(delta + tl.load(dt_bias + c, mask=c < channels, other=0).to(wide)[None, :])
+    if real is not None:  # a step of length zero: it neither decays the state nor adds to it
+        delta = tl.where(tl.load(real + b, mask=b < batch, other=False)[:, None], delta, 0)
     _advance(state, x, delta, A, B.to(wide), C.to(wide), D, z, y, b, c, n, batch, channels, STATES, x_b, z_b)
 
 
