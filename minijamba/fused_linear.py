@@ -69,7 +69,7 @@ def product(
     terms = tiles if add else 1
     y = x.new_empty(1 if add else rows, outputs)
     sums = x.new_empty(split * terms, len(y), outputs, dtype=y.dtype if y.dtype == torch.float64 else torch.float32)
-    arrivals = _arrivals(x.device, _stream(x.device), blocks * tiles)
+    arrivals = _arrivals(x.device, blocks * tiles)
     second_values, second_scales = (None, None) if second is None else _parts(second)[:2]
     _product[blocks, tiles, split](
         x.contiguous(), order, ends, chosen, weights, values, scales, second_values, second_scales, y, sums, arrivals,
@@ -116,18 +116,24 @@ def _split(programs: int, inputs: int, columns: int) -> int:
     return split
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+def _arrivals(device: torch.device, size: int) -> Tensor:
+    """Counters at zero, to which a kernel returns them: calls that follow each other can share them.
+
+    Those of a stream do, and graphs that are replayed on one. A graph's counters are made before it is recorded: what
+    is recorded does not run, so they would not be zero until the graph does.
+    """
+    size, stream = max(triton.next_power_of_2(size), 4096), 0
+    graph = _zeros(device, "graph", size)
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return graph
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _zeros(device, stream, size)
 
 
 @cache
-def _zeros(device: torch.device, stream: int, size: int) -> Tensor:
+def _zeros(device: torch.device, who: int | str, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
-
-
-def _arrivals(device: torch.device, stream: int, size: int) -> Tensor:
-    """Counters at zero, to which a kernel returns them: calls on one stream follow each other and can share them."""
-    return _zeros(device, stream, max(triton.next_power_of_2(size), 4096))
 
 
 def numbers(dtype: torch.dtype) -> tl.dtype:

@@ -548,7 +548,7 @@ def test_a_run_can_be_added_to_a_record(decoded, tmp_path):
     assert rows == [*kept, (TRANSFORMERS, None, 2, 0), (OURS, "int8-all", 2, None), (OURS, "int8-all", 3, None)]
     assert [run["command"] for run in added["earlier"]] == [decoded["command"]]
     with pytest.raises(ValueError, match="was measured on .*, not on Abacus"):
-        serving._earlier(path, {"name": "Abacus"})
+        serving.earlier_in(path, {"name": "Abacus"})
 
 
 def test_the_table_has_a_column_for_each_side_and_scheme(decoded):

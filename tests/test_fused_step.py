@@ -210,7 +210,7 @@ def test_mixer_step_is_five_launches(mixer, monkeypatch):
             mamba(x, Layout(), cache)
         assert launched == ["mm", fused_conv._step, fused_linear._product, fused_step._select_and_step, "mm"]
 
-    fused_linear._arrivals(torch.device(DEVICE), fused_linear._stream(torch.device(DEVICE)), 1)  # made once
+    fused_linear._arrivals(DEVICE, 1)  # made once
     check("fused")
     assert_rejects(check, "parallel")
 

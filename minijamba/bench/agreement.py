@@ -32,7 +32,7 @@ from .load import files_of
 from .measure import PEERS, warn_of_company, watch
 from .programs import OURS, TRANSFORMERS, random_tokens, refuse_beyond
 from .records import place, record, table
-from .serving import _added, _earlier, numbered
+from .serving import added_to, earlier_in, numbered
 
 EVERY = 4  # of so many positions the logits of the last one are compared
 TOP = 5
@@ -129,11 +129,11 @@ def bench_agreement(
     (card,) = apart(machine, device)
     name, left_out, rows = f"agreement_{device.type}", {}, []
     where = {"output": output or place(name), "commit": commit, "device": card.get("name", device)}
-    earlier = _earlier(where["output"], card) if add and where["output"].exists() else None
+    earlier = earlier_in(where["output"], card) if add and where["output"].exists() else None
     facts = {"card": card, "dtype": dtype, "new": new, "positions": f"every {EVERY}th", "left_out": left_out}
 
     def write() -> Path:
-        return record(name, rows, **where, **facts) if earlier is None else _added(name, rows, earlier, where, facts)
+        return record(name, rows, **where, **facts) if earlier is None else added_to(name, rows, earlier, where, facts)
 
     with tempfile.TemporaryDirectory() if keep is None else nullcontext(keep) as folder:
         for row in _rows(todo, task, Path(folder), left_out, facts):

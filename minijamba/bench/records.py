@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PACKAGES = ("minijamba", "torch", "transformers", "mambapy", "triton", "mamba-ssm", "causal-conv1d", "vllm", "numpy")
+PACKAGES = (
+    "minijamba", "torch", "transformers", "mambapy", "triton", "mamba-ssm", "causal-conv1d", "vllm", "accelerate",
+    "numpy",
+)  # fmt: skip
 TITLES = {
     "scan": "selective scan", "conv": "causal convolution", "mixer": "Mamba mixer", "train": "training",
     "decode": "decoding", "prefill": "reading a prompt", "throughput": "prompt and answer", "load": "loading",

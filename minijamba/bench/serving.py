@@ -213,14 +213,14 @@ def bench_serving(
     (card,) = apart(rates, device)
     # To ask for the GPU's name here would leave a CUDA context beside the others.
     where = {"output": output or place(name), "commit": commit, "device": card.get("name", device)}
-    earlier = _earlier(where["output"], card) if add and where["output"].exists() else None
+    earlier = earlier_in(where["output"], card) if add and where["output"].exists() else None
     left_out, rows = {}, []
     facts = {"card": card, "weights": "random", "repeats": plan.repeats, "new": plan.new, "left_out": left_out}
     facts["dtype"] = ", ".join(dict.fromkeys(preset(model).dtype for model in plan.models))
     todo = [replace(job, card=card) for job in todo]
 
     def write() -> Path:
-        return record(name, rows, **where, **facts) if earlier is None else _added(name, rows, earlier, where, facts)
+        return record(name, rows, **where, **facts) if earlier is None else added_to(name, rows, earlier, where, facts)
 
     for row in chain(*(rows_of(job, left_out) for job in todo), more(todo)):
         rows.append(row)
@@ -231,7 +231,7 @@ def bench_serving(
     return path
 
 
-def _earlier(file: Path, card: dict) -> dict:
+def earlier_in(file: Path, card: dict) -> dict:
     """The measurement in a file. Raises: ValueError if it is of another device."""
     measured = json.loads(file.read_text(encoding="utf-8"))
     if measured["device"] != card.get("name", measured["device"]):
@@ -239,7 +239,7 @@ def _earlier(file: Path, card: dict) -> dict:
     return measured
 
 
-def _added(name: str, rows: list[dict], earlier: dict, where: dict, facts: dict) -> Path:
+def added_to(name: str, rows: list[dict], earlier: dict, where: dict, facts: dict) -> Path:
     """Record the rows after those of an earlier measurement that they do not replace, each of which says its run."""
     new = {_key(row) for row in rows}
     runs = earlier.get("earlier", [])
