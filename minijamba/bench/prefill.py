@@ -34,7 +34,7 @@ FURTHER, SHORTER = (17 / 16, 18 / 16, 20 / 16), (15 / 16, 14 / 16, 12 / 16, 8 / 
 PLANS = {
     "cuda": ServingPlan(
         ["jamba-v0.1", "mixtral-8x7b"], ["int8-all", "int8", "int4-all", None],
-        [(1, 1024), (1, 8192), (1, 32768), (1, 131072), (1, 261632)], ALL, memory=79, repeats=3,
+        [(1, 1024), (1, 8192), (1, 32768), (1, 131072), (1, 262144)], ALL, memory=79, repeats=3,
     ),
     "cpu": ServingPlan(
         ["tiny"], ["int8-all", None], [(1, 16), (1, 64)], [OURS, TRANSFORMERS], memory=None, repeats=3
@@ -120,8 +120,8 @@ def attempt(job: Job, share: float) -> Iterator[dict]:
 
 
 def _plan(job: Job) -> Budget:
-    chunk = CHUNK if job.device.type == "cuda" else 2048
-    return budget(job.config, quantize=job.quantize, chunk=chunk)
+    on_gpu = job.device.type == "cuda"
+    return budget(job.config, quantize=job.quantize, chunk=CHUNK if on_gpu else 2048, kernels=on_gpu)
 
 
 def limit_of(plan: Budget, room: int) -> int:
