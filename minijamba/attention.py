@@ -86,8 +86,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     The softmax over all keys is that of the past and that of the call's own, weighted by their sums of exponentials.
     """
     steps, keys = q.shape[1], k.shape[1]
-    half = q.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled()
-    if visible is not None or not 1 < steps < keys or not half:
+    if visible is not None or not 1 < steps < keys or torch.is_grad_enabled() or not _has_pieces(q):
         return _parallel(q, k, v, visible)
     q, k, v = (rearrange(heads, "b t h p -> b h t p") for heads in (q, k, v))
     y, weight = _piece(q, k[:, :, -steps:], v[:, :, -steps:], causal=True)
@@ -97,6 +96,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         y += (past.float() - y) * torch.sigmoid(more - weight)
         weight = torch.logaddexp(weight, more)
     return rearrange(y.to(q.dtype), "b h t p -> b t h p")
+
+
+def _has_pieces(q: Tensor) -> bool:
+    """Whether cuDNN computes a piece: in half precision, for usual widths of a head, on Ampere GPUs and newer."""
+    half = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return half and torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
 def _pieces(keys: int) -> list[tuple[int, int]]:

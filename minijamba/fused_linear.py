@@ -174,21 +174,21 @@ def _product(
     parts: tl.constexpr = IN // SPLIT
     start = tl.program_id(2) * parts
     total = tl.zeros([ROWS, TOKENS], WIDE)
-    gate = total
+    up = total  # of the second matrix
     if BITS == 4:
-        total, gate = _dots4(
-            x, row, inside, first, first_scales, second, second_scales, stored, start, total, gate,
+        total, up = _dots4(
+            x, row, inside, first, first_scales, second, second_scales, stored, start, total, up,
             NUMBERS, IN, parts, COLUMNS,
         )  # fmt: skip
     else:
-        total, gate = _dots(
-            x, row, inside, first, first_scales, second, second_scales, stored, start, total, gate,
+        total, up = _dots(
+            x, row, inside, first, first_scales, second, second_scales, stored, start, total, up,
             NUMBERS, IN, parts, COLUMNS,
         )  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
     if second is not None:
-        total = _act(total, ACT) * gate
+        total = _act(total, ACT) * up
     if weights is not None:
         total *= tl.load(weights + number, mask=inside, other=0).to(WIDE)[None, :]
     at = t.to(tl.int64)[None, :] * OUT + out[:, None]
@@ -237,7 +237,7 @@ def _rows_of_tile(ends, chosen, rows, EXPERTS: tl.constexpr, TOKENS: tl.constexp
 
 @triton.jit
 def _dots(
-    x, row, inside, first, first_scales, second, second_scales, stored, start, total, gate,
+    x, row, inside, first, first_scales, second, second_scales, stored, start, total, up,
     NUMBERS: tl.constexpr, IN: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The sums over a part of the inputs, with weights of 8 or 16 bits."""
@@ -260,17 +260,17 @@ def _dots(
                 w = tl.load(second + here[None, :])
             else:
                 w = tl.load(second + here[None, :], mask=(here < PARTS)[None, :], other=0)
-            gate = _dot(w.to(NUMBERS), tokens.to(NUMBERS), gate)
+            up = _dot(w.to(NUMBERS), tokens.to(NUMBERS), up)
     if first_scales is not None:
         total *= tl.load(first_scales + stored)[:, None]
         if second is not None:
-            gate *= tl.load(second_scales + stored)[:, None]
-    return total, gate
+            up *= tl.load(second_scales + stored)[:, None]
+    return total, up
 
 
 @triton.jit
 def _dots4(
-    x, row, inside, first, first_scales, second, second_scales, stored, start, total, gate,
+    x, row, inside, first, first_scales, second, second_scales, stored, start, total, up,
     NUMBERS: tl.constexpr, IN: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The same with weights of 4 bits, block by block of 256, whose words hold one weight of each group of 64."""
@@ -302,11 +302,11 @@ def _dots4(
                 tokens = tl.load(x + k[:, None], mask=inside[None, :] & (start + k < IN)[:, None], other=0)
             total += scale[i][:, None] * _dot(w[i], tokens.to(NUMBERS), tl.zeros_like(total))
             if second is not None:
-                gate += other[i][:, None] * _dot(v[i], tokens.to(NUMBERS), tl.zeros_like(total))
+                up += other[i][:, None] * _dot(v[i], tokens.to(NUMBERS), tl.zeros_like(total))
         scale = next_scale
         if second is not None:
             other = next_other
-    return total, gate
+    return total, up
 
 
 @triton.jit

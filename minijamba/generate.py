@@ -63,6 +63,8 @@ def generate(
     context = tokens.shape[1] + max_new_tokens + (0 if cache is None else cache.filled)
     _refuse_beyond_memory(model, context, batch, chunk, kv if cache is None else cache.kv)
     reused = cache is not None
+    if reused and kv not in (None, cache.kv):
+        raise ValueError(f"kv is {kv!r}, but the cache that is given keeps its own kind, {cache.kv!r}: leave kv out")
     cache = cache if reused else model.new_cache(batch, capacity=context, kv=kv)
     logits = _prefill(model, tokens, mask, cache, chunk, progress)
     if max_new_tokens == 0:
@@ -74,7 +76,7 @@ def generate(
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     seen = None if repetition_penalty == 1 else _tokens_seen(model, tokens, mask)
     writer = Writer(model, cache, choose, seen, _stops(model, stop))
-    writer.start(logits)
+    writer.write(logits)
     recordable = _recordable(model, cache)
     if recordable:
         cache.fix(context)
@@ -107,8 +109,8 @@ class Writer:
         self.steps = 0  # tokens that were written and read again
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def start(self, logits: Tensor) -> None:
-        """Choose the first token, from the logits (b, v) after the prompt."""
+    def write(self, logits: Tensor) -> None:
+        """Choose the next token, from the logits (b, v) after what was read."""
         chosen = self.choose(logits, self.seen)
         if self.stops.numel():
             chosen = chosen.masked_fill(self.finished, self.padding)
@@ -129,7 +131,7 @@ class Writer:
 
     def _step(self) -> None:
         mask = self.writing[:, None] if self.stops.numel() else None
-        self.start(self.model(self.token[:, None], cache=self.cache, mask=mask)[:, 0])
+        self.write(self.model(self.token[:, None], cache=self.cache, mask=mask)[:, 0])
 
     def record(self, generator: torch.Generator | None) -> None:
         """From now on a step is one launch, of the CUDA graph that is recorded here. A step must have run before."""

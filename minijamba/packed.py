@@ -3,7 +3,7 @@
     int8:  q = round(w / s),  s = max |w| / 127 over an output channel's weights           w' = s q
     int4:  q = round(w / s),  s = -(the weight of largest magnitude) / 8 over 64 weights    w' = s q,  -8 <= q <= 7
 
-Expert by expert, both read one weight at a time from no data but the weights: nothing is calibrated.
+Both look at nothing but the weights, each row by itself: nothing is calibrated on data.
 Source: Jamba-1.5 (arXiv 2408.12570), section 3.1, and vLLM's ExpertsInt8 for int8.
 """
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from minijamba import attention as module
 from minijamba.attention import Attention, attention
 from minijamba.cache import Layout
 from minijamba.testing import assert_matches, assert_rejects
@@ -169,3 +170,46 @@ def test_module_projects_heads_and_joins_them(hybrid, long_memory):
 
     check(heads)
     assert_rejects(check, heads.transpose(2, 3), heads.flip(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("steps", "keys"), [(2, 3), (5, 12), (4, 71)])
+def test_a_prompt_s_past_is_attended_to_in_pieces(steps, keys, monkeypatch):
+    """As on a GPU, where a library computes each piece; here the definition does, with its sums of exponentials."""
+    q, k, v = inputs(steps=steps, keys=keys)
+
+    def piece(q, k, v, causal):
+        share = q.shape[1] // k.shape[1]
+        k, v = (heads.repeat_interleave(share, 1) for heads in (k, v))
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if causal:
+            scores = scores.masked_fill(~torch.ones(steps, steps, dtype=torch.bool).tril(), -torch.inf)
+        return scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True)
+
+    def check(piece):
+        monkeypatch.setattr(module, "_piece", piece)
+        assert_matches(module._flash(q, k, v, None), attention(q, k, v, rung="naive"), 1e-5, "in pieces")
+
+    monkeypatch.setattr(module, "_has_pieces", lambda q: True)
+    check(piece)
+
+    def sums_forgotten(q, k, v, causal):
+        y, weight = piece(q, k, v, causal)
+        return y, torch.zeros_like(weight)
+
+    def nothing_hidden(q, k, v, causal):
+        return piece(q, k, v, False)
+
+    assert_rejects(check, sums_forgotten, nothing_hidden)
+
+
+def test_pieces_are_few_lengths_and_cover_all():
+    def check(cut):
+        for keys in (1, 2, 7, 16384, 3 * 16384, 262143):
+            ends = [0, *(end for _, end in cut(keys))]
+            assert ends[-1] == keys and [begin for begin, _ in cut(keys)] == ends[:-1]
+            lengths = [end - begin for begin, end in cut(keys)]
+            assert all(length & (length - 1) == 0 for length in lengths) and sorted(set(lengths)) == lengths[::-1]
+
+    check(module._pieces)
+    assert_rejects(check, lambda keys: [(0, keys)], lambda keys: [(i, i + 1) for i in range(min(keys, 9))])

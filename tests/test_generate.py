@@ -203,6 +203,12 @@ def test_a_fixed_cache_attends_to_its_window_and_turns_by_position(long_memory):
     assert_rejects(check, replace(config, sliding_window=6), replace(config, rope_theta=101.0))
 
 
+def test_a_cache_keeps_its_own_kind_of_keys(model):
+    with pytest.raises(ValueError, match="leave kv out"):
+        generate(model, [3, 4], cache=model.new_cache(1), kv="int8")
+    generate(model, [3, 4], cache=model.new_cache(1, kv="int8"), kv="int8", max_new_tokens=1)
+
+
 def test_a_fixed_cache_makes_room_and_refuses_documents(model):
     cache = model.new_cache(1)
     cache.fix(2)
@@ -314,6 +320,7 @@ def test_a_strong_penalty_forbids_repetition(model):
         ([3], {"mask": torch.ones(1, 1)}, "padded for you"),
         (torch.tensor([[3]]), {"mask": torch.ones(1, 2)}, "shape of tokens"),
         ([3], {"max_new_tokens": 10**12}, "GiB free"),
+        ([3], {"kv": "int4"}, "kv is 'int4'"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(model, tokens, options, words):
