@@ -189,6 +189,8 @@ class Cache:
     ) -> None:
         if kv not in (None, "int8"):
             raise ValueError(f'kv is {kv!r}, but must be None or "int8"')
+        if kv and config.head_dim % 2:
+            raise ValueError(f"head_dim is {config.head_dim}, but keys in int8 come in pairs: leave kv out")
         self.config, self.dtype, self.kv = config, dtype, kv
         wide = torch.promote_types(dtype, torch.float32)
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_linear import numbers, wide
+from .fused_linear import _dot, numbers, wide
 from .fused_overlap import gdc_launch_dependents, gdc_wait, overlap
 from .rungs import ceil_div
 
@@ -54,10 +54,14 @@ def attend(
     sums = q.new_empty(batch, heads, splits, size, dtype=wide_dtype)
     scales = q.new_empty(2, batch, heads, splits, dtype=wide_dtype)
     y, padded = torch.empty_like(q), max(16, triton.next_power_of_2(size))
+    packed = key_scales is not None
+    if packed:  # two numbers a word
+        keys, values = keys.view(torch.int16), values.view(torch.int16)
     _attend[splits, groups, batch](
         q.contiguous(), keys, values, key_scales, value_scales, ends, sums, scales, window or slots + 1, size**-0.5,
-        slots, batch, GROUPS=groups, SHARED=shared, SIZE=size, PADDED=padded, SLOTS=SLOTS, NUMBERS=numbers(q.dtype),
-        WIDE=wide(q), num_warps=warps, num_stages=stages, **overlap(q.device),
+        slots, batch, GROUPS=groups, SHARED=shared, SIZE=size // 2 if packed else size,
+        PADDED=max(16, padded // 2) if packed else padded, SLOTS=SLOTS, NUMBERS=numbers(q.dtype), WIDE=wide(q),
+        num_warps=warps, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
     _merge[heads, batch](
         sums, scales, y, splits, batch, heads, SIZE=size, PADDED=padded, SPLITS=triton.next_power_of_2(splits),
@@ -130,15 +134,25 @@ def _attend(
     GROUPS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr,
     NUMBERS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The queries that share a head of keys, over this program's part of the slots in use."""
+    """The queries that share a head of keys, over this program's part of the slots in use.
+
+    Where two numbers of 8 bits share a word, SIZE counts words, and even and odd numbers are multiplied apart.
+    """
     if EARLY:
         gdc_wait()
     split, splits = tl.program_id(0), tl.num_programs(0)
     group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, p, s = tl.arange(0, 16), tl.arange(0, PADDED), tl.arange(0, SLOTS)
-    head = group * SHARED + n
-    q_at = (b * GROUPS * SHARED + head)[:, None] * SIZE + p[None, :]
-    queries = tl.load(q + q_at, mask=(n < SHARED)[:, None] & (p < SIZE)[None, :], other=0).to(NUMBERS)
+    head = b * GROUPS * SHARED + group * SHARED + n
+    real_heads = (n < SHARED)[:, None] & (p < SIZE)[None, :]
+    if key_scales is None:
+        queries = tl.load(q + head[:, None] * SIZE + p[None, :], mask=real_heads, other=0).to(NUMBERS)
+    else:
+        q += head[:, None] * (2 * SIZE) + 2 * p[None, :]
+        even = tl.load(q, mask=real_heads, other=0).to(WIDE)
+        odd = tl.load(q + 1, mask=real_heads, other=0).to(WIDE)
+        even, odd, largest = _within_one(even, odd)
+        even, odd = _half(even, NUMBERS), _half(odd, NUMBERS)
     end = tl.load(ends + b)
     first = tl.maximum(end - window, 0)
     part = tl.cdiv(tl.cdiv(end - first, splits), SLOTS) * SLOTS
@@ -146,30 +160,87 @@ def _attend(
     stop = tl.minimum(begin + part, end)
     highest = tl.full([16], -float("inf"), WIDE)
     total, y = tl.zeros([16], WIDE), tl.zeros([16, PADDED], WIDE)
+    y_odd = y
     for slot in range(begin, stop, SLOTS):
         here = (slot + s).to(tl.int64)
         real = (here < stop)[:, None] & (p < SIZE)[None, :]
         number = (b * slots + here) * GROUPS + group
-        k = tl.load(keys + number[:, None] * SIZE + p[None, :], mask=real, other=0).to(NUMBERS)
-        v = tl.load(values + number[:, None] * SIZE + p[None, :], mask=real, other=0).to(NUMBERS)
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee", out_dtype=WIDE) * scale
-        if key_scales is not None:
-            scores *= tl.load(key_scales + number, mask=here < stop, other=0)[None, :]
+        k = tl.load(keys + number[:, None] * SIZE + p[None, :], mask=real, other=0)
+        v = tl.load(values + number[:, None] * SIZE + p[None, :], mask=real, other=0)
+        if key_scales is None:
+            scores = _dot(queries, tl.trans(k.to(NUMBERS)), tl.zeros([16, SLOTS], WIDE)) * scale
+        else:
+            k_even, k_odd = _bytes(tl.trans(k), NUMBERS)
+            scores = _dot(odd, k_odd, _dot(even, k_even, tl.zeros([16, SLOTS], WIDE)))
+            scores *= tl.load(key_scales + number, mask=here < stop, other=0)[None, :] * (largest * scale)
         scores = tl.where((here < stop)[None, :], scores, -float("inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
         shrink = tl.exp(highest - higher)
         total = total * shrink + tl.sum(weights, 1)
-        if value_scales is not None:
-            weights *= tl.load(value_scales + number, mask=here < stop, other=0)[None, :]
-        y = y * shrink[:, None] + tl.dot(weights.to(NUMBERS), v, input_precision="ieee", out_dtype=WIDE)
         highest = higher
+        if value_scales is None:
+            y = _dot(weights.to(NUMBERS), v.to(NUMBERS), y * shrink[:, None])
+        else:
+            v_even, v_odd = _bytes(v, NUMBERS)
+            v_scales = tl.load(value_scales + number, mask=here < stop, other=0)
+            top = tl.maximum(tl.max(v_scales, 0), 1e-30)
+            weights = _half(weights * (v_scales / top)[None, :], NUMBERS)
+            y = y * shrink[:, None] + _dot(weights, v_even, tl.zeros_like(y)) * top
+            y_odd = y_odd * shrink[:, None] + _dot(weights, v_odd, tl.zeros_like(y)) * top
     if EARLY:
         gdc_launch_dependents()
-    number = (b * GROUPS * SHARED + head) * splits + split
-    tl.store(sums + number[:, None] * SIZE + p[None, :], y, mask=(n < SHARED)[:, None] & (p < SIZE)[None, :])
+    number = head * splits + split
+    if value_scales is None:
+        tl.store(sums + number[:, None] * SIZE + p[None, :], y, mask=real_heads)
+    else:
+        sums += number[:, None] * (2 * SIZE) + 2 * p[None, :]
+        tl.store(sums, y, mask=real_heads)
+        tl.store(sums + 1, y_odd, mask=real_heads)
     tl.store(scales + number, highest, mask=n < SHARED)
     tl.store(scales + batch * GROUPS * SHARED * splits + number, total, mask=n < SHARED)
+
+
+@triton.jit
+def _within_one(even, odd):
+    """Both divided by the largest number in them, and that number."""
+    largest = tl.maximum(tl.max(tl.max(tl.abs(even), 1), 0), tl.max(tl.max(tl.abs(odd), 1), 0))
+    largest = tl.maximum(largest, 1e-30)
+    return even / largest, odd / largest, largest
+
+
+@triton.jit
+def _half(x, NUMBERS: tl.constexpr):
+    """float16 in place of bfloat16: numbers of 8 bits fit in both, and in float16 they cost less to unpack."""
+    if tl.bfloat16 == NUMBERS:
+        return x.to(tl.float16)
+    else:
+        return x.to(NUMBERS)
+
+
+@triton.jit
+def _bytes(words, NUMBERS: tl.constexpr):
+    """The two numbers -128 .. 127 in each word of 16 bits."""
+    if tl.bfloat16 == NUMBERS:
+        low, high = _bytes_asm(words)
+        low, high = low - 1152, high - 1152
+    else:
+        low, high = ((words << 8) >> 8).to(NUMBERS), (words >> 8).to(NUMBERS)
+    return low, high
+
+
+@triton.jit
+def _bytes_asm(words):
+    """1,152 plus the number, in float16: 128 more than it becomes the last bits of 1,024, two words at a time."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 b;
+        shr.u32 b, $2, 8;
+        lop3.b32 $0, $2, 0x00FF00FF, 0x64806480, 0x6A;
+        lop3.b32 $1, b, 0x00FF00FF, 0x64806480, 0x6A;
+        }""",
+        "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["batch"])

@@ -107,8 +107,8 @@ def test_all_sides_get_the_same_tokens_and_no_special_ones():
 
 def test_a_batch_is_read_in_shorter_pieces():
     gpu = torch.device("cuda")
-    assert [programs.chunk(gpu, batch) for batch in (1, 2, 16, 64)] == [None, 8192, 1024, 512]
-    assert programs.chunk(CPU, 64) is None
+    assert [programs.chunk_of(gpu, batch) for batch in (1, 2, 16, 64)] == [None, 8192, 1024, 512]
+    assert programs.chunk_of(CPU, 64) is None
 
 
 # Decoding.
@@ -226,6 +226,39 @@ def test_seconds_a_token_leave_the_prompt_out():
 
     check(0.005)
     assert_rejects(check, 0.05, 0.0175)
+
+
+def test_keys_of_eight_bits_and_the_plain_loop_have_rows_of_their_own(tmp_path):
+    words = "decode --models tiny --sides minijamba --schemes int8-all --cases 1x40 --new 4 --repeats 1"
+    of_file(words, tmp_path / "record.json")
+    both = of_file(f"{words} --kv int8 --loop --add", tmp_path / "record.json")["rows"]
+
+    def check(rows):
+        plain, packed = rows
+        assert "kv" not in plain and "loop" not in plain and packed["kv"] == "int8"
+        assert packed["bytes"] < plain["bytes"]
+        assert packed["loop"]["new"] == packed["loop"]["same"] == decode.LOOPED and packed["loop"]["seconds"] > 0
+
+    check(both)
+    assert_rejects(check, both[::-1], [both[0], both[0] | {"kv": "int8"}])
+
+
+def test_a_text_that_parts_from_the_loop_is_counted_to_there():
+    model = programs.random_model(mj.preset("tiny"), "int8-all", CPU)
+    tokens = programs.random_tokens(model.config, 2, 5)
+
+    def check(same):
+        def write(model, kv, tokens, new, graph=True):
+            texts = torch.zeros(2, new)
+            texts[1, 7:] = float(graph)
+            return texts
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode, "write_ours", write)
+            assert decode.beside_loop(model, job(), tokens)["same"] == same
+
+    check(7)
+    assert_rejects(check, 512)
 
 
 def test_what_takes_long_is_not_repeated():

@@ -93,9 +93,11 @@ def _add_serving(verbs) -> None:
         verb.add_argument("--cases", nargs="+", metavar="CASE", help="batch and tokens of context, as 1x1024 64x8192")
         verb.add_argument("--sides", nargs="+", metavar="SIDE", help="what to compare")
         verb.add_argument("--repeats", type=int, metavar="N", help="calls of which the median counts")
+        verb.add_argument("--kv", choices=("int8",), help="how ours keeps keys and values, if not in the model's dtype")
         verb.add_argument("--add", action="store_true", help="keep what the file has and this run does not measure")
         if name != "prefill":
             verb.add_argument("--new", type=int, metavar="N", help="tokens that are written")
+    verbs.choices["decode"].add_argument("--loop", action="store_true", help="also without a CUDA graph, step by step")
     verbs.choices["prefill"].add_argument("--longest", action="store_true", help="also the longest context that runs")
     verbs.choices["prefill"].add_argument("--tries", type=int, default=2, metavar="N", help="of --longest (2)")
 

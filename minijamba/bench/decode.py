@@ -1,6 +1,7 @@
 """Writing after a prompt: tokens a second of whole models, and how near that is to reading the weights once."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,9 +11,10 @@ from ..budget import budget
 from ..generate import generate
 from ..model import Jamba, Trace
 from ..packed_files import in_memory
-from .programs import OURS, TRANSFORMERS, Job, Program, chunk
+from .programs import OURS, TRANSFORMERS, Job, Program, chunk_of, write_ours
 from .serving import ALL, ENOUGH, ServingPlan, bench_serving, one_device, repeated, seconds, summary
 
+LOOPED = 512  # tokens that are compared with those of the plain loop
 LOOKED_AT = 8  # steps in which the experts are counted
 EMBEDDING = "model.embed_tokens.weight"
 PLANS = {
@@ -47,15 +49,30 @@ def figures(program: Program, job: Job, tokens: Tensor) -> dict:
     step = summary(found)
     row = {**step, "new": job.new, "tokens_per_second": len(tokens) / step["seconds"]}
     if program.model is not None:
-        distinct = distinct_experts(program.model, tokens)
+        distinct = distinct_experts(program.model, tokens, job.kv)
         # Of the steps between the two calls, the first sees new + 1 tokens behind the prompt and the last 2 new.
-        least = step_bytes(program.model, len(tokens), tokens.shape[1] + (3 * job.new + 1) // 2, distinct)
+        least = step_bytes(program.model, len(tokens), tokens.shape[1] + (3 * job.new + 1) // 2, distinct, job.kv)
         row |= {"bytes": least, "distinct_experts": distinct}
         row["roofline"] = least / job.card["read_bytes_per_second"] / step["seconds"]
+        if job.loop:
+            row["loop"] = beside_loop(program.model, job, tokens)
     return row
 
 
-def step_bytes(model: Jamba, batch: int, context: int, distinct: list[float]) -> int:
+def beside_loop(model: Jamba, job: Job, tokens: Tensor) -> dict:
+    """The same steps launched one by one: seconds a step, and how many of a row's first tokens are those of the graph.
+
+    new: tokens that both wrote in each row;  same: before the first difference, in the row where it comes first.
+    """
+    write = partial(write_ours, model, job.kv, graph=False)
+    few, many = 1 + job.new, 1 + 2 * job.new
+    loop = Program(write)
+    step = (seconds(loop, tokens, many) - seconds(loop, tokens, few)) / job.new
+    alike = write_ours(model, job.kv, tokens, LOOPED) == write(tokens, LOOPED)
+    return {"seconds": step, "new": LOOPED, "same": int(alike.long().cumprod(-1).sum(-1).min())}
+
+
+def step_bytes(model: Jamba, batch: int, context: int, distinct: list[float], kv: str | None = None) -> int:
     """Bytes that a step of `batch` rows, each at `context` tokens, must move at least.
 
         weights outside the experts, as they are held, once; of an embedding that is not the head the batch's rows
@@ -74,20 +91,20 @@ def step_bytes(model: Jamba, batch: int, context: int, distinct: list[float]) ->
     if not config.tie_word_embeddings:
         total += batch * config.hidden_size * model.dtype.itemsize
     seen = min(context, config.sliding_window or context)
-    plan = budget(config, context=seen, batch=batch, dtype=model.dtype)
+    plan = budget(config, context=seen, batch=batch, dtype=model.dtype, kv=kv)
     chosen = sum(count * size for count, size in zip(distinct, experts.values(), strict=True))
     return round(total + chosen + plan.kv_bytes + 2 * plan.state_bytes)
 
 
 @torch.no_grad()
-def distinct_experts(model: Jamba, tokens: Tensor) -> list[float]:
+def distinct_experts(model: Jamba, tokens: Tensor, kv: str | None = None) -> list[float]:
     """For each MoE layer, the experts that a step's tokens choose together, the mean over steps after the prompts."""
     moe = sum(layer.feed_forward == "moe" for layer in model.config.layers)
     if len(tokens) == 1:  # one token chooses no expert twice
         return [float(model.config.num_experts_per_tok)] * moe
     if not moe:
         return []
-    counts = [_chosen(trace) for trace in _steps(model, tokens)]
+    counts = [_chosen(trace) for trace in _steps(model, tokens, kv)]
     return [sum(layer) / len(counts) for layer in zip(*counts, strict=True)]
 
 
@@ -95,12 +112,12 @@ def _chosen(trace: Trace) -> list[int]:
     return [len(experts.unique()) for experts in trace.experts]
 
 
-def _steps(model: Jamba, tokens: Tensor) -> Iterator[Trace]:
+def _steps(model: Jamba, tokens: Tensor, kv: str | None) -> Iterator[Trace]:
     """The traces of steps, one after the other: of the prompts' last tokens and of what follows."""
     batch, context = tokens.shape
-    cache = model.new_cache(batch, capacity=context + LOOKED_AT)
+    cache = model.new_cache(batch, capacity=context + LOOKED_AT, kv=kv)
     before, step = tokens[:, :-1], tokens[:, -1:].to(model.device)
-    generate(model, before, max_new_tokens=0, cache=cache, chunk=chunk(model.device, batch))
+    generate(model, before, max_new_tokens=0, cache=cache, chunk=chunk_of(model.device, batch))
     for _ in range(LOOKED_AT):
         trace = Trace()
         step = model(step, cache=cache, trace=trace)[:, -1:].argmax(-1)

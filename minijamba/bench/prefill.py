@@ -121,7 +121,7 @@ def attempt(job: Job, share: float) -> Iterator[dict]:
 
 def _plan(job: Job) -> Budget:
     on_gpu = job.device.type == "cuda"
-    return budget(job.config, quantize=job.quantize, chunk=CHUNK if on_gpu else 2048, kernels=on_gpu)
+    return budget(job.config, quantize=job.quantize, kv=job.kv, chunk=CHUNK if on_gpu else 2048, kernels=on_gpu)
 
 
 def limit_of(plan: Budget, room: int) -> int:

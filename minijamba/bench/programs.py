@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,7 @@ class Job:
     cases:   pairs of batch and context.
     memory:  GiB that a GPU's process may take in all; it does not hold for weights that are not packed.
     new:     tokens, as `figures` understands it;  longest: the most that it asks for after a prompt.
+    kv:      how ours keeps keys and values, as in `generate`;  loop: whether ours also runs without a CUDA graph.
     card:    the rates of `rates`.
     """
 
@@ -57,6 +59,8 @@ class Job:
     repeats: int
     new: int
     longest: int
+    kv: str | None = None
+    loop: bool = False
     card: dict = field(default_factory=dict)
 
     @property
@@ -116,13 +120,15 @@ def ours(job: Job, memory: Memory) -> Program:
     refuse_beyond(memory.room, job.config, job.quantize)
     model = random_model(job.config, job.quantize, job.device)
 
-    def write(tokens: Tensor, new: int) -> Tensor:
-        return generate(model, tokens, max_new_tokens=new, stop=(), chunk=chunk(job.device, len(tokens)))
-
-    return Program(write, model)
+    return Program(partial(write_ours, model, job.kv), model)
 
 
-def chunk(device: torch.device, batch: int) -> int | None:
+def write_ours(model: Jamba, kv: str | None, tokens: Tensor, new: int, graph: bool = True) -> Tensor:
+    chunk = chunk_of(model.device, len(tokens))
+    return generate(model, tokens, max_new_tokens=new, stop=(), chunk=chunk, kv=kv, graph=graph)
+
+
+def chunk_of(device: torch.device, batch: int) -> int | None:
     """Tokens of each of `batch` prompts that are read at a time; None is what `generate` takes by itself."""
     return None if batch == 1 or device.type != "cuda" else max(LEAST_CHUNK, CHUNK // batch)
 

@@ -145,7 +145,8 @@ def table(measurement: dict) -> str:
 
 
 def _column(row: dict) -> str:
-    return f"{row['side']} {row['quantize'] or row['dtype']}" if "model" in row else row["side"]
+    keys = f", keys {row['kv']}" if "kv" in row else ""
+    return f"{row['side']} {row['quantize'] or row['dtype']}{keys}" if "model" in row else row["side"]
 
 
 def _case(row: dict, unit: str, batch: int | None) -> str:

@@ -40,6 +40,8 @@ class ServingPlan:
     memory: float | None
     repeats: int
     new: int = 1
+    kv: str | None = None
+    loop: bool = False
 
 
 def jobs(plan: ServingPlan, measure: str, figures: Callable, device: torch.device, longest: int) -> list[Job]:
@@ -54,7 +56,7 @@ def jobs(plan: ServingPlan, measure: str, figures: Callable, device: torch.devic
     return [
         Job(
             measure, figures, model, side, quantize, tuple(plan.cases), device, plan.memory, plan.repeats, plan.new,
-            longest,
+            longest, plan.kv, plan.loop,
         )
         for model in plan.models
         for side in plan.sides
@@ -79,6 +81,8 @@ def serve(job: Job) -> Iterator[dict]:
 def case_of(job: Job, batch: int, context: int) -> dict:
     """What a row begins with."""
     who = {name: getattr(job, name) for name in ("measure", "model", "quantize", "side")}
+    if job.side == OURS and job.kv:
+        who["kv"] = job.kv
     return {**who, "dtype": job.config.dtype, "memory": job.limit, "batch": batch, "context": context}
 
 
@@ -251,4 +255,4 @@ def added_to(name: str, rows: list[dict], earlier: dict, where: dict, facts: dic
 
 def _key(row: dict) -> tuple:
     names = ("measure", "model", "quantize", "side", "batch")
-    return *(row[name] for name in names), None if row["measure"] == LONGEST else row["context"]
+    return *(row[name] for name in names), row.get("kv"), None if row["measure"] == LONGEST else row["context"]
