@@ -217,12 +217,17 @@ def test_seconds_a_token_leave_the_prompt_out():
     def write(tokens, new):
         clock[0] += 0.05 + 0.005 * new
 
+    def moments(tokens, new):
+        write(tokens, new)
+        return [clock[0] - 0.005 * (new - i) for i in range(1, 1 + new)]
+
     def check(step):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(serving, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-            row = decode.figures(programs.Program(write), job(new=4, repeats=3), torch.zeros(2, 4))
-        assert row["seconds"] == pytest.approx(step) and row["tokens_per_second"] == pytest.approx(2 / step)
-        assert row["calls"] == 3 and "roofline" not in row
+        for program in (programs.Program(write), programs.Program(write, moments)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(serving, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+                row = decode.figures(program, job(new=4, repeats=3), torch.zeros(2, 4))
+            assert row["seconds"] == pytest.approx(step) and row["tokens_per_second"] == pytest.approx(2 / step)
+            assert row["calls"] == 3 and "roofline" not in row
 
     check(0.005)
     assert_rejects(check, 0.05, 0.0175)
@@ -259,6 +264,19 @@ def test_a_text_that_parts_from_the_loop_is_counted_to_there():
 
     check(7)
     assert_rejects(check, 512)
+
+
+@pytest.mark.parametrize("side", [OURS, TRANSFORMERS])
+def test_a_moment_for_every_token(side):
+    asked = job(side=side, quantize="int8-all" if side == OURS else None)
+    program = programs.PROGRAMS[side](asked, apart.Memory(CPU))
+    tokens = programs.random_tokens(asked.config, 2, 5)
+
+    def check(when):
+        assert len(when) == 6 and when == sorted(when) and len(set(when)) == 6
+
+    check(program.moments(tokens, 6))
+    assert_rejects(check, program.moments(tokens, 5))
 
 
 def test_what_takes_long_is_not_repeated():

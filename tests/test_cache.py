@@ -71,7 +71,7 @@ def test_eight_bits_change_little_and_the_split_nothing(model):
     with pytest.raises(ValueError, match="int8"):
         model.new_cache(2, kv="int4")
     with pytest.raises(ValueError, match="head_dim is 5"):
-        Cache(replace(model.config, head_dim=5), 1, kv="int8")
+        Cache(replace(model.config, head_width=5), 1, kv="int8")
 
 
 def test_eight_bits_take_half_the_room(hybrid):

@@ -1,5 +1,6 @@
 """Writing after a prompt: tokens a second of whole models, and how near that is to reading the weights once."""
 
+import gc
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..generate import generate
 from ..model import Jamba, Trace
 from ..packed_files import in_memory
 from .programs import OURS, TRANSFORMERS, Job, Program, chunk_of, write_ours
-from .serving import ALL, ENOUGH, ServingPlan, bench_serving, one_device, repeated, seconds, summary
+from .serving import ALL, ServingPlan, bench_serving, one_device, repeated, seconds, summary
 
 LOOPED = 512  # tokens that are compared with those of the plain loop
 LOOKED_AT = 8  # steps in which the experts are counted
@@ -31,9 +32,10 @@ PLANS = {
 def bench_decode(device: str = "auto", **options) -> Path:
     """Measure decoding; options as the fields of `ServingPlan`, what is None as the device's plan has it.
 
-        seconds a token = (t(1 + 2 new) - t(1 + new)) / new,    t(n): prompt and n new tokens, in one call
+        seconds a token = (t(1 + 2 new) - t(1 + new)) / new,    t(n): from the start until n new tokens have come
 
-    so that the prompt's time goes out. Also `add`, `commit` and `output` of `bench_serving`.
+    so that the prompt's time goes out: both in one call where a program tells when each token came, else in two.
+    Also `add`, `commit` and `output` of `bench_serving`.
     Returns: the file. Raises: ValueError for what does not exist.
     """
     device, plan, rest = one_device(device, PLANS, options)
@@ -42,11 +44,8 @@ def bench_decode(device: str = "auto", **options) -> Path:
 
 def figures(program: Program, job: Job, tokens: Tensor) -> dict:
     """Seconds a step and what follows; ours also with the least that a step must read."""
-    few, many = 1 + job.new, 1 + 2 * job.new
-    if seconds(program, tokens, few) < ENOUGH:  # the first call, which may compile; the second compiles little more
-        seconds(program, tokens, many)
-    found = repeated(lambda: (seconds(program, tokens, many) - seconds(program, tokens, few)) / job.new, job.repeats)
-    step = summary(found)
+    _step_seconds(program, tokens, job.new)  # the first call may compile
+    step = summary(repeated(lambda: _step_seconds(program, tokens, job.new), job.repeats))
     row = {**step, "new": job.new, "tokens_per_second": len(tokens) / step["seconds"]}
     if program.model is not None:
         distinct = distinct_experts(program.model, tokens, job.kv)
@@ -59,17 +58,24 @@ def figures(program: Program, job: Job, tokens: Tensor) -> dict:
     return row
 
 
+def _step_seconds(program: Program, tokens: Tensor, new: int) -> float:
+    few, many = 1 + new, 1 + 2 * new
+    if program.moments is None:
+        return (seconds(program, tokens, many) - seconds(program, tokens, few)) / new
+    gc.collect()
+    when = program.moments(tokens, many)
+    return (when[many - 1] - when[few - 1]) / new
+
+
 def beside_loop(model: Jamba, job: Job, tokens: Tensor) -> dict:
     """The same steps launched one by one: seconds a step, and how many of a row's first tokens are those of the graph.
 
     new: tokens that both wrote in each row;  same: before the first difference, in the row where it comes first.
     """
-    write = partial(write_ours, model, job.kv, graph=False)
-    few, many = 1 + job.new, 1 + 2 * job.new
-    loop = Program(write)
-    step = (seconds(loop, tokens, many) - seconds(loop, tokens, few)) / job.new
-    alike = write_ours(model, job.kv, tokens, LOOPED) == write(tokens, LOOPED)
-    return {"seconds": step, "new": LOOPED, "same": int(alike.long().cumprod(-1).sum(-1).min())}
+    loop = Program(partial(write_ours, model, job.kv, graph=False))
+    alike = write_ours(model, job.kv, tokens, LOOPED) == loop.write(tokens, LOOPED)
+    same = int(alike.long().cumprod(-1).sum(-1).min())
+    return {"seconds": _step_seconds(loop, tokens, job.new), "new": LOOPED, "same": same}
 
 
 def step_bytes(model: Jamba, batch: int, context: int, distinct: list[float], kv: str | None = None) -> int:

@@ -6,11 +6,13 @@ Each is asked through its own `generate`, and gets the same tokens, greedily and
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -75,12 +77,14 @@ class Job:
 class Program(NamedTuple):
     """A program that is ready.
 
-    write: (tokens (b, t), new) writes so many tokens after each prompt, and returns when they are written.
-    model: ours.
-    facts: for each row.
+    write:   (tokens (b, t), new) writes so many tokens after each prompt, and returns when they are written.
+    moments: the same, and returns when each token had come, in seconds of a clock; None where nothing tells.
+    model:   ours.
+    facts:   for each row.
     """
 
     write: Callable[[Tensor, int], object]
+    moments: Callable[[Tensor, int], list[float]] | None = None
     model: Jamba | None = None
     facts: dict = {}
 
@@ -120,12 +124,17 @@ def ours(job: Job, memory: Memory) -> Program:
     refuse_beyond(memory.room, job.config, job.quantize)
     model = random_model(job.config, job.quantize, job.device)
 
-    return Program(partial(write_ours, model, job.kv), model)
+    def moments(tokens: Tensor, new: int) -> list[float]:
+        when = []
+        write_ours(model, job.kv, tokens, new, stream=lambda chosen: when.append(time.perf_counter()))
+        return when
+
+    return Program(partial(write_ours, model, job.kv), moments, model)
 
 
-def write_ours(model: Jamba, kv: str | None, tokens: Tensor, new: int, graph: bool = True) -> Tensor:
+def write_ours(model: Jamba, kv: str | None, tokens: Tensor, new: int, **options) -> Tensor:
     chunk = chunk_of(model.device, len(tokens))
-    return generate(model, tokens, max_new_tokens=new, stop=(), chunk=chunk, kv=kv, graph=graph)
+    return generate(model, tokens, max_new_tokens=new, stop=(), chunk=chunk, kv=kv, **options)
 
 
 def chunk_of(device: torch.device, batch: int) -> int | None:
@@ -141,17 +150,23 @@ def transformers(job: Job, memory: Memory) -> Program:
         import_module(package)
     model = _transformers_model(job.config, job.device)
 
-    def write(tokens: Tensor, new: int) -> Tensor:
+    def write(tokens: Tensor, new: int, **options) -> Tensor:
         tokens = tokens.to(job.device)
-        text = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new)
+        text = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, **options)
         if text.shape[1] != tokens.shape[1] + new:
             raise ValueError(f"it wrote {text.shape[1] - tokens.shape[1]} tokens, not {new}")
         return text
 
+    def moments(tokens: Tensor, new: int) -> list[float]:
+        when = []
+        come = SimpleNamespace(put=lambda _: when.append(time.perf_counter()), end=lambda: None)
+        write(tokens, new, streamer=come)
+        return when[1:]  # the prompt comes first
+
     _, functions = watch(lambda: write(random_tokens(job.config, 1, 32), 2))
     if wanted and {function.split(".")[0] for function in functions} != set(wanted):
         raise ImportError(f"it ran without the kernels of {' and '.join(wanted)}")
-    return Program(write, facts={"functions": functions} if functions else {})
+    return Program(write, moments, facts={"functions": functions} if functions else {})
 
 
 @torch.no_grad()
