@@ -44,10 +44,13 @@ class Mamba(nn.Module):
             self.b_layernorm = RMSNorm(states, config.rms_norm_eps)
             self.c_layernorm = RMSNorm(states, config.rms_norm_eps)
         self.dt_proj = nn.Linear(rank, inner)
-        self.A_log = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))
+        self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, width, bias=config.mamba_proj_bias)
-        init_delta(self.dt_proj)
+        if not self.A_log.is_meta:  # there, torch would take seconds to get ready for arithmetic on nothing
+            with torch.no_grad():
+                self.A_log.copy_(torch.arange(1.0, states + 1).log())
+            init_delta(self.dt_proj)
 
     @property
     def A(self) -> Tensor:

@@ -3,7 +3,8 @@
     file  --threads-->  ring of buffers on the host  --copies, beside the computation-->  device  --pack-->  its place
 
 A block is a run of a tensor's numbers, whole rows where they are to be packed. The ring is no larger than the largest
-tensor, so that memory holds the model and one tensor at most; a GPU's buffers are four blocks.
+tensor, so that memory holds the model and one tensor at most. A GPU packs four blocks of a tensor at a time: to tell it
+what to do takes as long for one, and the thread that does so must keep up with all those that read.
 """
 
 import math
@@ -27,7 +28,8 @@ from .stored import DTYPES, Stored
 BLOCK = 2**24  # bytes at most, but for a row that is longer: large enough for the speed of any disk
 LEAST = 2**16  # bytes, below which a block costs more than its content
 THREADS = 16  # at most; one does not reach the speed of a fast disk
-ON_DEVICE = 4  # blocks that a GPU holds beside the model
+JOINED = 4  # blocks that a GPU packs at a time
+ON_DEVICE = 4  # buffers of so many blocks that it holds beside the model
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Block(NamedTuple):
     count: int
     checksum: str | None = None
     into: Tensor | None = None  # where it belongs, if it can be read there at once
+    joined: bool = False  # with the next one, to be packed together
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +128,7 @@ def fill(
             with report.timed("placing"):
                 if block.into is None:
                     places[block.name].put(block.start, numbers)
-            advance(block.nbytes)
+            advance(numbers.nbytes)
     with report.timed("placing"):
         _check_finite(places, stored)
 
@@ -140,7 +143,8 @@ def _blocks(
     for i, start in enumerate(range(0, total, step)):
         count = min(step, total - start)
         into = place.values.view(-1)[start : start + count] if direct else None
-        yield Block(name, stored, start, count, sums[i] if sums else None, into)
+        joined = device.type == "cuda" and (i + 1) % JOINED > 0 and start + count < total
+        yield Block(name, stored, start, count, sums[i] if sums else None, into, joined)
 
 
 def _check_finite(places: dict[str, Place], stored: dict[str, Stored]) -> None:
@@ -159,7 +163,8 @@ class _Buffer:
     """Memory of the host that a block is read into; pinned where a GPU copies from it by itself."""
 
     def __init__(self, size: int, pinned: bool) -> None:
-        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self.size, self.pinned = size, pinned
+        self.memory: Tensor | None = None  # made by the thread that reads first: to pin it takes time
         self.copied: torch.cuda.Event | None = None  # when what was read last is on the device
 
     def read(self, block: Block) -> tuple[Tensor, float]:
@@ -169,6 +174,8 @@ class _Buffer:
         start = perf_counter()
         numbers = block.into
         if numbers is None:
+            if self.memory is None:
+                self.memory = torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pinned)
             numbers = self.memory[: block.nbytes].view(DTYPES[block.stored.dtype])
         block.stored.read_into(numbers, block.start)
         if block.checksum is not None and checksum(numbers.view(torch.uint8).numpy()) != block.checksum:
@@ -180,35 +187,38 @@ class _Buffer:
 
 
 def _stream(plan: list[Block], device: torch.device, report: LoadReport) -> Iterator[tuple[Block, Tensor]]:
-    """Every block and its numbers on the device, which are valid until the next one is asked for."""
+    """Every block, or the first of those that are joined, and its numbers on the device until more are asked for."""
     threads = read_threads()
     size = max((block.nbytes for block in plan), default=0)
     ring = deque(_Buffer(size, device.type == "cuda") for _ in range(min(2 * threads, len(plan))))
     moves = _Moves(device, size) if device.type == "cuda" else None
     report.threads = threads
-    pending = deque()
+    pending, joined = deque(), []
 
-    def next_block():
+    def next_blocks() -> Iterator[tuple[Block, Tensor]]:
         block, buffer, reading = pending.popleft()
         with report.timed("waiting"):
             numbers, seconds = reading.result()
         report.reading += seconds
         report.bytes += block.nbytes
         ring.append(buffer)
-        if moves is None:
-            return block, numbers
-        with report.timed("placing"):
-            return block, moves.move(numbers, buffer)
+        joined.append(block)
+        if moves is not None:
+            with report.timed("placing"):
+                numbers = moves.move(numbers, buffer, sum(before.nbytes for before in joined[:-1]))
+        if not block.joined:
+            yield joined[0], numbers
+            joined.clear()
 
     pool = ThreadPoolExecutor(threads)
     try:
         for block in plan:
             if not ring:
-                yield next_block()
+                yield from next_blocks()
             buffer = ring.popleft()
             pending.append((block, buffer, pool.submit(buffer.read, block)))
         while pending:
-            yield next_block()
+            yield from next_blocks()
     finally:
         pool.shutdown(cancel_futures=True)
     if moves is not None:
@@ -221,19 +231,21 @@ class _Moves:
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.ring = deque(torch.empty(size, dtype=torch.uint8, device=device) for _ in range(ON_DEVICE))
+        self.ring = deque(torch.empty(JOINED * size, dtype=torch.uint8, device=device) for _ in range(ON_DEVICE))
         self.free: deque[torch.cuda.Event] = deque()  # when each of the ring was used last, the oldest first
         self.stream.wait_stream(torch.cuda.current_stream(device))
 
-    def move(self, numbers: Tensor, buffer: _Buffer) -> Tensor:
+    def move(self, numbers: Tensor, buffer: _Buffer, begin: int) -> Tensor:
+        """Behind what is in the current buffer up to byte `begin`, or into the next buffer; all that is then there."""
         work = torch.cuda.current_stream(self.device)
-        self.free.append(work.record_event())  # everything that was done with the block before
-        if len(self.free) == ON_DEVICE:
-            self.stream.wait_event(self.free.popleft())
-        self.ring.rotate(1)
-        there = self.ring[0][: numbers.nbytes].view(numbers.dtype)
+        if begin == 0:
+            self.free.append(work.record_event())  # everything that was done with the buffer before
+            if len(self.free) == ON_DEVICE:
+                self.stream.wait_event(self.free.popleft())
+            self.ring.rotate(1)
+        there = self.ring[0][: begin + numbers.nbytes].view(numbers.dtype)
         with torch.cuda.stream(self.stream):
-            there.copy_(numbers, non_blocking=True)
+            there[-len(numbers) :].copy_(numbers, non_blocking=True)
             buffer.copied = self.stream.record_event()
         work.wait_event(buffer.copied)
         return there

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +140,53 @@ def test_blocks_of_any_size_give_the_same_model(make, tmp_path, monkeypatch, blo
     expected = mj.load(tmp_path, "cpu", quantize="int4-all")
     monkeypatch.setattr(stream, "BLOCK", block)
     assert_same(mj.load(tmp_path, "cpu", quantize="int4-all"), expected)
+
+
+class _CudaOnCpu:
+    """torch, with a GPU's memory on the CPU and its streams in the order in which they are called."""
+
+    def __init__(self):
+        event = SimpleNamespace(synchronize=lambda: None)
+        nothing = lambda _: None  # noqa: E731
+        queue = SimpleNamespace(record_event=lambda: event, wait_event=nothing, wait_stream=nothing)
+        self.cuda = SimpleNamespace(
+            Stream=lambda device: queue, current_stream=lambda device: queue, stream=lambda queue: nullcontext(),
+            synchronize=nothing,
+        )  # fmt: skip
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, size, dtype, device=None, pin_memory=False):
+        return torch.zeros(size, dtype=dtype)
+
+
+@pytest.mark.parametrize("quantize", [None, "int4-all"])
+@pytest.mark.parametrize("block", [1, 400])
+def test_a_gpu_gets_blocks_that_are_joined(make, tmp_path, monkeypatch, quantize, block):
+    mj.save(make(), tmp_path, shard_bytes=SHARD)
+    expected = mj.load(tmp_path, "cpu", quantize=quantize)
+    stored, gpu = checkpoint._match(expected.config, tmp_path), torch.device("cuda")
+    monkeypatch.setattr(stream, "BLOCK", block)
+    monkeypatch.setattr(stream, "torch", _CudaOnCpu())
+    move, moved = stream._Moves.move, []
+
+    def check(begins):
+        def moves(own, numbers, buffer, begin):
+            moved.append(begin)
+            return move(own, numbers, buffer, begins(begin))
+
+        model, places = checkpoint.unfilled(expected.config, torch.float32, torch.device("cpu"), quantize)
+        for tensor in memory(model).values():
+            tensor.zero_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stream._Moves, "move", moves)
+            stream.fill(places, stored, gpu, stream.LoadReport())
+        assert_same(model.eval(), expected)
+
+    check(lambda begin: begin)
+    assert sum(begin > 0 for begin in moved) > len(moved) / 2
+    assert_rejects(check, lambda begin: 0)
 
 
 def test_the_logits_are_those_of_the_unpacked_weights(make, tmp_path):
