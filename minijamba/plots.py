@@ -288,6 +288,83 @@ def rounded_weights(weights, rounded: dict) -> Figure:
     return figure
 
 
+def reached(speeds: dict, limits: dict, xlabel: str, limit: str = "limit", others=()) -> Figure:
+    """A bar for each program, its speed beside it, and as a tick the highest speed that it could have.
+
+    speeds: name -> figure, NaN where not measured; limits: name -> figure, for some or all of them; others: names of
+    bars that are grey.
+    """
+    names, values = list(speeds), np.array(list(speeds.values()), float)
+    axes = _axes(width=7.6, height=1.1 + 0.36 * len(names), xlabel=xlabel)
+    colours = [COLOURS["neutral" if name in others else "mamba"] for name in names]
+    bars = axes.barh(names, np.nan_to_num(values), 0.62, color=colours)
+    axes.bar_label(bars, [" not run" if np.isnan(value) else "" for value in values], fontsize=8)
+    for place, (name, value) in enumerate(zip(names, values, strict=True)):
+        if not np.isnan(value):
+            axes.text(value, place, f" {value:,.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=8)
+        if name in limits:
+            label = limit if name == next(iter(limits)) else None
+            axes.vlines(limits[name], place - 0.4, place + 0.4, color="black", linewidth=2, label=label)
+    axes.set_xlim(0, 1.12 * max([0, *limits.values(), *np.nan_to_num(values)]))
+    axes.invert_yaxis()
+    if limits:
+        axes.figure.legend(loc="outside lower right", frameon=False, fontsize=8)
+    return axes.figure
+
+
+def over(curves: dict, xlabel: str, ylabel: str, *, dashed=(), level: tuple | None = None, log: bool = False) -> Figure:
+    """Curves over a number that doubles from place to place, such as a context or a batch.
+
+    curves: name -> (x, y), NaN where not measured; those in `dashed` take the colours again from the first on.
+    level:  (name, y), a horizontal line; log: y also in powers of two.
+    """
+    axes = _axes(width=7.0, height=3.1, xlabel=xlabel, ylabel=ylabel)
+    colours = (COLOURS["mamba"], COLOURS["attention"], COLOURS["moe"], *FREE)
+    solid = [name for name in curves if name not in dashed]
+    for names, style in ((solid, "o-"), ([name for name in curves if name in dashed], "s--")):
+        for i, name in enumerate(names):
+            x, y = (np.asarray(values, float) for values in curves[name])
+            here = ~np.isnan(y)
+            axes.plot(x[here], y[here], style, color=colours[i % len(colours)], markersize=4, label=name)
+    if level is not None:
+        axes.axhline(level[1], color="black", linestyle=":", linewidth=1, label=level[0])
+    axes.set_xscale("log", base=2)
+    places = sorted({float(x) for xs, _ in curves.values() for x in xs})
+    axes.set_xticks(places, [f"{x / 1024:,.0f}K" if x >= 1024 else f"{x:g}" for x in places])
+    axes.minorticks_off()
+    if log:
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.3g}" if y < 1000 else f"{y:,.0f}")
+    else:
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return axes.figure
+
+
+def stacked(names, parts: dict, xlabel: str, marks: dict | None = None, mark: str = "", digits: str = ".3g") -> Figure:
+    """A bar for each name, made of parts one after the other, its sum beside it.
+
+    parts: name of the part -> (n,); a part that speaks of a component has its colour. marks: name -> a figure that is
+    drawn as a tick; mark: what it is.
+    """
+    names, marks = list(names), marks or {}
+    axes = _axes(width=7.6, height=1.2 + 0.4 * len(names), xlabel=xlabel)
+    ends, free = np.zeros(len(names)), iter(("#56B4E9", "#7A7A7A", "#CC79A7", "#000000"))
+    for part, values in parts.items():
+        axes.barh(names, values, 0.62, left=ends, color=component_colour(part) or next(free), label=part)
+        ends = ends + np.asarray(values, float)
+    for place, (name, end) in enumerate(zip(names, ends, strict=True)):
+        axes.text(max(end, marks.get(name, 0)), place, f" {end:,{digits}}", va="center", fontsize=8)
+        if name in marks:
+            label = mark if name == next(iter(marks)) else None
+            axes.vlines(marks[name], place - 0.4, place + 0.4, color="black", linewidth=2, label=label)
+    axes.set_xlim(0, 1.12 * max([*ends, *marks.values()]))
+    axes.invert_yaxis()
+    axes.figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    return axes.figure
+
+
 def _axes(width=7.0, height=3.2, xlabel="", ylabel=""):
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     axes = figure.subplots()

@@ -14,7 +14,7 @@ import torch
 
 import minijamba as mj
 from minijamba import bench
-from minijamba.bench import apart, decode, load, prefill, programs, records, serving, throughput
+from minijamba.bench import apart, decode, load, prefill, programs, records, serving, summary, throughput
 from minijamba.bench.programs import OURS, TRANSFORMERS, VLLM, Job
 from minijamba.checkpoint import write_random
 from minijamba.packed_files import in_memory
@@ -356,6 +356,56 @@ def test_prompt_and_answer(through):
     rows = through["rows"]
     check(rows)
     assert_rejects(check, [rows[0] | {"all_tokens_per_second": rows[0]["tokens_per_second"]}])
+
+
+def test_the_prompt_of_an_answer_ends_with_its_first_token():
+    """A prompt of 50 ms and 5 ms a token, of a program that tells when each came and of one that does not."""
+    clock = [0.0]
+
+    def moments(tokens, new):
+        clock[0] += 0.05
+        when = []
+        for _ in range(new):
+            clock[0] += 0.005
+            when.append(clock[0])
+        return when
+
+    def check(prompt):
+        for program in (programs.Program(moments), programs.Program(moments, moments)):
+            with pytest.MonkeyPatch.context() as patch:
+                for module in (serving, throughput):
+                    patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+                row = throughput.figures(program, job(new=10, repeats=3), torch.zeros(2, 4))
+            assert row["prefill_seconds"] == pytest.approx(prompt) and row["seconds"] == pytest.approx(0.1)
+            assert row["decode_seconds"] == pytest.approx(0.1 - prompt) and row["calls"] == 3
+
+    check(0.055)
+    assert_rejects(check, 0.05, 0.1)
+
+
+def test_the_summary_takes_each_figure_from_its_own_row(monkeypatch):
+    row = {"measure": "decode", "model": summary.MODEL, "side": OURS, "quantize": "int8", "batch": 1, "context": 262144}
+    rows = [
+        row | {"model": "mixtral-8x7b", "tokens_per_second": 1.0},
+        row | {"kv": "int8", "tokens_per_second": 200.4},
+        row | {"tokens_per_second": 180.0, "peak_bytes": 3 * 2**29},
+        row | {"side": TRANSFORMERS, "quantize": None, "failed": apart.NO_ROOM},
+    ]
+    expected = [
+        "| jamba-v0.1, random weights, Abacus | minijamba, int8 |",
+        "| written a second after 262,144 tokens | 180 |  |  |  |  | out of memory |",
+        "| with keys and values in int8 | 200 |  |  |  |  |  |",
+        "| GiB in use, batch 1, 262,144 tokens | 1.5 |  |  |  |  | out of memory |",
+    ]
+
+    def check(rows):
+        record = {"device": "Abacus", "rows": rows}
+        monkeypatch.setattr(summary, "_record", lambda name: record if name == "decode" else {})
+        first, _, *lines = summary.jamba_table().splitlines()
+        assert first.startswith(expected[0]) and lines == expected[1:]
+
+    check(rows)
+    assert_rejects(check, rows[:2], [row | {"kv": "int8"} for row in rows], [row | {"side": OURS} for row in rows])
 
 
 def test_longest_contexts_are_computed_in_the_same_memory(through):

@@ -1,3 +1,4 @@
+import math
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 import minijamba
 from minijamba import plots
+from minijamba.plots import COLOURS
 from minijamba.testing import assert_matches, assert_rejects
 
 LAYERS = [("attention" if i == 4 else "mamba", "moe" if i % 2 else "mlp") for i in range(8)]
@@ -223,6 +225,51 @@ CONFUSED = {
     "deutan": ["#C84646", "#828237"],
     "tritan": ["#0072B2", "#009E73"],  # Okabe and Ito's own blue and green
 }
+
+
+def test_reached_draws_speeds_and_limits():
+    def check(speeds):
+        figure = plots.reached(speeds, {"a": 5.0, "b": 400.0}, "tokens a second", "roofline", others=["c"])
+        (axes,) = figure.axes
+        assert_matches([bar.get_width() for bar in axes.patches], [3.0, 250.0, 0.0], 0)
+        assert [text.get_text().strip() for text in axes.texts if text.get_text()] == ["not run", "3", "250"]
+        assert [lines.get_segments()[0][0, 0] for lines in axes.collections] == [5.0, 400.0]
+        assert_matches(axes.patches[2].get_facecolor()[:3], [0xB5 / 255] * 3, 1e-3)
+        assert axes.get_xlabel() == "tokens a second" and axes.get_xlim()[1] > 400
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["roofline"]
+
+    check({"a": 3.0, "b": 250.0, "c": math.nan})
+    assert_rejects(check, {"a": 3.0, "b": 251.0, "c": math.nan}, {"a": 3.0, "b": 250.0, "c": 0.0})
+    assert not plots.reached({"a": 1.0}, {}, "x").legends  # and no warning
+
+
+def test_over_leaves_out_what_was_not_measured():
+    def check(y):
+        curves = {"ours": ([1, 4, 2048], y), "theirs": ([1, 4], [1.0, 2.0])}
+        figure = plots.over(curves, "batch", "tokens a second", dashed=["theirs"], level=("limit", 7.0))
+        ours, theirs, limit = figure.axes[0].lines
+        assert_matches([ours.get_xdata(), ours.get_ydata()], [[1.0, 2048.0], [3.0, 5.0]], 0)
+        assert theirs.get_linestyle() == "--" and theirs.get_color() == ours.get_color() == COLOURS["mamba"]
+        assert limit.get_ydata()[0] == 7.0
+        assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["1", "4", "2K"]
+
+    check([3.0, math.nan, 5.0])
+    assert_rejects(check, [3.0, 0.0, 5.0])
+    (axes,) = plots.over({"a": ([1, 2], [1.0, 2000.0])}, "x", "y", log=True).axes
+    assert axes.get_yscale() == "log" and axes.yaxis.get_major_formatter()(2000, None) == "2,000"
+
+
+def test_stacked_parts_end_at_their_sum():
+    def check(parts):
+        (axes,) = plots.stacked(["x", "y"], parts, "seconds", {"x": 2.5}, "the files alone").axes
+        ends = [bar.get_x() + bar.get_width() for bar in axes.patches]
+        assert_matches(ends, [1.0, 2.0, 4.0, 6.0], 0)
+        assert_matches(axes.patches[2].get_facecolor()[:3], np.array([0x18, 0xAA, 0x80]) / 255, 1e-3)
+        assert [text.get_text() for text in axes.texts] == [" 4", " 6"]
+        assert axes.collections[0].get_segments()[0][0, 0] == 2.5
+
+    check({"waiting": [1.0, 2.0], "experts": [3.0, 4.0]})
+    assert_rejects(check, {"waiting": [1.0, 2.0], "experts": [3.0, 5.0]})
 
 
 @pytest.mark.parametrize("eye", COLOUR_BLINDNESS)

@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+from minijamba.bench.summary import jamba_table
 from minijamba.testing import assert_rejects
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +143,15 @@ def test_speeds_are_the_measured_ones():
 
     check(README)
     assert_rejects(check, README + "- This CPU: a scan takes 1.0 ms, the others 99 times that.\n")
+
+
+def test_the_table_of_the_large_model_is_the_recorded_one():
+    def check(text):
+        shown = re.search(r"<!-- summary -->\n(.*?)\n<!-- end -->", text, flags=re.DOTALL)[1]
+        assert shown == jamba_table(), jamba_table()
+
+    check(README)
+    assert_rejects(check, re.sub(r"(written a second, batch 1, .*? \| )(\d)", r"\g<1>9\2", README))
 
 
 def test_a_claim_compares_ours_with_the_peer():

@@ -9,6 +9,7 @@
     minijamba bench throughput prompt and answer together
     minijamba bench load       from files to the first token
     minijamba bench agreement  the logits of one checkpoint, here and in transformers
+    minijamba bench summary    the README's table, from what was recorded of whole models
 
 `scan`, `conv` and `mixer` say what is compared, `measure` how it is measured; `records` writes and shows it. Models of
 full size are compared in `serving`, each of `programs` in a process `apart`.
@@ -34,6 +35,7 @@ from .prefill import bench_prefill
 from .programs import PROGRAMS
 from .records import record, table
 from .scan import SCAN
+from .summary import jamba_table
 from .throughput import bench_throughput
 from .train import PREPARE, bench_train
 
@@ -77,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_serving(verbs)
     _add_load(verbs)
     _add_agreement(verbs)
+    help = "the README's table of the 52-billion model, from what was recorded"
+    verbs.add_parser("summary", help=help, description=help).set_defaults(component="summary")
 
 
 def _add_serving(verbs) -> None:
@@ -140,6 +144,9 @@ def _add_common(verb, name: str) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure what the parsed options ask for. Returns the exit status."""
     options = vars(options)
+    if options["component"] == "summary":
+        print(jamba_table())
+        return 0
     if options["component"] in WHOLE:
         WHOLE[options.pop("component")](**_words_read(options))
         return 0

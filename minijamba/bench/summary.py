@@ -1,0 +1,78 @@
+"""The README's table of the 52-billion model: what was recorded of it, a line a figure, a column a program."""
+
+import json
+from collections.abc import Callable
+
+from .programs import OURS, TRANSFORMERS, VLLM
+from .records import place
+from .serving import LONGEST
+
+MODEL = "jamba-v0.1"
+COLUMNS = {
+    "int8": (OURS, "int8"),
+    "int8-all": (OURS, "int8-all"),
+    "int4-all": (OURS, "int4-all"),
+    "bfloat16": (OURS, None),
+    "vLLM, experts in int8": (VLLM, "experts_int8"),
+    "transformers, bfloat16": (TRANSFORMERS, None),
+}
+CONTEXTS = (1024, 8192, 32768, 131072, 262144)
+
+
+def number(figure: str, unit: float = 1, digits: int = 0) -> Callable[[dict], str]:
+    return lambda row: f"{row[figure] / unit:,.{digits}f}" if figure in row else ""
+
+
+def speed(row: dict) -> str:
+    return number("tokens_per_second", digits=0 if row["tokens_per_second"] >= 100 else 1)(row)
+
+
+LARGEST, ROOF = number("peak_bytes", 2**30, 1), number("roofline", 0.01)
+AGREEMENT = "agreement with transformers float32"
+# Record, what its rows must say, what the line is called, how a row is written.
+LINES = [
+    *(
+        ("decode", {"batch": batch, "context": 1024}, f"written a second, batch {batch}, after 1,024 tokens", speed)
+        for batch in (1, 4, 16, 64)
+    ),
+    ("decode", {"batch": 1, "context": 1024}, "batch 1: % of the speed at which memory can be read", ROOF),
+    ("decode", {"batch": 16, "context": 1024}, "batch 16: %", ROOF),
+    ("decode", {"batch": 1, "context": 262144}, "written a second after 262,144 tokens", speed),
+    ("decode", {"batch": 1, "context": 262144, "kv": "int8"}, "with keys and values in int8", speed),
+    *(("prefill", {"batch": 1, "context": t}, f"read a second, prompt of {t:,}", speed) for t in CONTEXTS),
+    ("decode", {"batch": 1, "context": 1024}, "GiB in use, batch 1, 1,024 tokens", LARGEST),
+    ("decode", {"batch": 1, "context": 262144}, "GiB in use, batch 1, 262,144 tokens", LARGEST),
+    ("prefill", {"measure": LONGEST}, "longest context that ran, tokens", number("context")),
+    ("load", {"measure": "load"}, "loading the files, seconds", number("load_seconds", digits=1)),
+    ("agreement", {"measure": AGREEMENT}, "error of the logits, %", number("error", 0.01, 1)),
+    ("agreement", {"measure": AGREEMENT}, "the same next token, %", number("same_choice", 0.01, 1)),
+]
+
+
+def jamba_table() -> str:
+    """In Markdown, from the records in data/measurements: lines of which nothing was recorded are left out."""
+    records = {name: _record(name) for name in dict.fromkeys(name for name, *_ in LINES)}
+    shown = [_line(records[name].get("rows", []), *line) for name, *line in LINES]
+    devices = dict.fromkeys(record["device"] for record in records.values() if record)
+    head = ", ".join([MODEL, "random weights", *devices])
+    titles = [head, *(name if side != OURS else f"minijamba, {name}" for name, (side, _) in COLUMNS.items())]
+    return "\n".join(["| " + " | ".join(titles) + " |", "|---|" + "---:|" * len(COLUMNS), *filter(None, shown)])
+
+
+def _record(name: str) -> dict:
+    path = place(f"{name}_cuda")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _line(rows: list[dict], wanted: dict, label: str, write: Callable[[dict], str]) -> str | None:
+    wanted = {"kv": None} | wanted
+    cells = []
+    for side, quantize in COLUMNS.values():
+        own = [row for row in rows if (row["side"], row["quantize"]) == (side, quantize) and _is(row, wanted)]
+        cells.append("" if not own else write(own[0]) if "failed" not in own[0] else own[0]["failed"])
+    return "| " + " | ".join([label, *cells]) + " |" if any(cells) else None
+
+
+def _is(row: dict, wanted: dict) -> bool:
+    of_files = "batch" not in row or row["measure"].startswith("agreement")  # of which there is one checkpoint
+    return (of_files or row["model"] == MODEL) and all(row.get(name) == value for name, value in wanted.items())
