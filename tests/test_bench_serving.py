@@ -433,19 +433,19 @@ def test_plans_of_gpus_are_complete():
 
 
 def test_loading_is_measured_beside_reading(checkpoint, tmp_path):
-    measured = of_file(f"load --model {checkpoint} --schemes int8 --saved", tmp_path / "record.json")
+    measured = of_file(f"load --model {checkpoint} --schemes int8 --cached --saved", tmp_path / "record.json")
     content = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
 
     def check(rows):
         cases = [(row["measure"], row["quantize"]) for row in rows]
-        assert cases == [("load", "int8"), ("load, packed files", "int8-all")]
+        assert cases == [("load", "int8"), ("load, cached files", "int8"), ("load, packed files", "int8-all")]
         for row in rows:
             stages = sum(row[f"{stage}_seconds"] for stage in ("headers", "waiting", "placing"))
             assert stages <= row["load_seconds"] < row["first_token_seconds"] < row["process_seconds"]
             assert row["times_reading"] == pytest.approx(row["load_seconds"] / row["files_seconds"])
             assert 0.9 * row["files_bytes"] < row["bytes"] < row["files_bytes"]
             assert 2**26 < row["host_bytes_before"] < row["host_bytes"] < 2**33 and row["peak_bytes"] > 0
-        assert rows[0]["files_bytes"] == content > rows[1]["files_bytes"]
+        assert rows[0]["files_bytes"] == rows[1]["files_bytes"] == content > rows[2]["files_bytes"]
 
     check(measured["rows"])
     assert_rejects(check, measured["rows"][:1], [row | {"times_reading": 1.0} for row in measured["rows"]])
@@ -462,6 +462,7 @@ def test_files_are_read_whole_and_leave_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: dropped.append(arguments[1:]))
     assert load.read_files(tmp_path)["bytes"] == 3_000_006
     assert dropped == [(0, 0, os.POSIX_FADV_DONTNEED)] * 2
+    assert load.read_files(tmp_path, fresh=False)["bytes"] == 3_000_006 and len(dropped) == 2
     with pytest.raises(ValueError, match="holds no model"):
         load.bench_load(tmp_path.parent, "cpu")
 

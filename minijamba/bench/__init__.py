@@ -111,6 +111,7 @@ def _add_load(verbs) -> None:
     verb = verbs.add_parser("load", help=help, description=help)
     verb.set_defaults(component="load")
     verb.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of a checkpoint")
+    verb.add_argument("--cached", action="store_true", help="also with files that are in the page cache")
     verb.add_argument("--saved", action="store_true", help="also as int8-all, written beside it for a while")
     _add_common(verb, "load")
 

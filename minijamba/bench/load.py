@@ -38,6 +38,7 @@ def bench_load(
     *,
     schemes: list[str | None] | None = None,
     memory: float | None = None,
+    cached: bool = False,
     saved: bool = False,
     commit: str | None = None,
     output: Path | None = None,
@@ -45,6 +46,7 @@ def bench_load(
     """Measure loading in each scheme, each in a process of its own and with files that are not in the page cache.
 
     memory: GiB of a GPU that the process may take in all.
+    cached: also with files that are in it, as if they lay on the fastest disk: there must be so much memory.
     saved:  also write the checkpoint as int8-all beside it for a while, and load that.
     Returns: the file. Prints the table. Raises: ValueError for a folder without weights, or what does not exist.
     """
@@ -59,7 +61,7 @@ def bench_load(
     dtype = JambaConfig.from_json(model).dtype
     facts = {"card": card, "memory": memory, "file_system": file_system(model), "dtype": dtype}
     rows = []
-    for row in _rows(model, schemes, device, memory, saved):
+    for row in _rows(model, schemes, device, memory, cached, saved):
         rows.append({"dtype": dtype, **row})
         path = record(f"load_{device.type}", rows, **where, **facts)
     print(table(json.loads(path.read_text(encoding="utf-8"))))
@@ -67,10 +69,17 @@ def bench_load(
     return path
 
 
-def _rows(model: Path, schemes: list, device: torch.device, memory: float | None, saved: bool) -> Iterator[dict]:
+def _rows(
+    model: Path, schemes: list, device: torch.device, memory: float | None, cached: bool, saved: bool
+) -> Iterator[dict]:  # fmt: skip
     reading = read_files(model)
     for name in schemes:
         yield _measured(model, name, device, memory, reading)
+    if cached:
+        read_files(model)  # into the cache, where they are now read again
+        reading = read_files(model, fresh=False)
+        for name in schemes:
+            yield _measured(model, name, device, memory, reading, fresh=False) | {"measure": "load, cached files"}
     if saved:
         with tempfile.TemporaryDirectory(dir=model.resolve().parent, prefix=".") as folder:
             target = Path(folder) / SAVED
@@ -85,14 +94,17 @@ def _convert(model: Path, target: Path, device: torch.device) -> Iterator[dict]:
     yield {}
 
 
-def _measured(model: Path, quantize: str | None, device: torch.device, memory: float | None, reading: dict) -> dict:
-    """The row of one scheme; files_* is the reading of the files alone.
+def _measured(
+    model: Path, quantize: str | None, device: torch.device, memory: float | None, reading: dict, fresh: bool = True
+) -> dict:  # fmt: skip
+    """The row of one scheme; files_* is the reading of the files alone; fresh: they are not in the page cache.
 
     process_seconds counts everything to the first token and the end: Python, torch, CUDA, loading, compiling.
     """
     row = {"measure": "load", "model": model.name, "quantize": quantize, "side": OURS}
     say(f"{model.name} in {quantize or 'the dtype of its files'}")
-    forget(model)
+    if fresh:
+        forget(model)
     start = time.perf_counter()
     try:
         for part in apart(loaded, model, quantize, device, memory):
@@ -162,9 +174,13 @@ def forget(model: Path) -> None:
             os.close(descriptor)
 
 
-def read_files(model: Path) -> dict:
-    """Seconds to read the files, not cached, and do nothing with them: as many threads as `load` has, 16 MiB a call."""
-    forget(model)
+def read_files(model: Path, fresh: bool = True) -> dict:
+    """Seconds to read the files and do nothing with them: as many threads as `load` has, 16 MiB a call.
+
+    fresh: after they were dropped from the page cache.
+    """
+    if fresh:
+        forget(model)
     blocks = [(file, start) for file in files_of(model) for start in range(0, file.stat().st_size, BLOCK)]
     own, threads = local(), read_threads()
 

@@ -72,10 +72,10 @@ def place(name: str) -> Path:
 
 
 def _command(arguments: list[str]) -> str:
-    """As it would be given in the repository: where a file was written says nothing about the figures in it."""
+    """As it would be given in the repository: where a file lies or was written says nothing about the figures in it."""
     where = ("--output", "--record", "--commit", "--keep")
     kept = [
-        word
+        Path(word).name if before == "--model" else word
         for before, word in zip(["", *arguments], arguments, strict=False)
         if before not in where and word.partition("=")[0] not in where
     ]

@@ -44,6 +44,8 @@ LINES = [
     ("decode", {"batch": 1, "context": 262144}, "GiB in use, batch 1, 262,144 tokens", LARGEST),
     ("prefill", {"measure": LONGEST}, "longest context that ran, tokens", number("context")),
     ("load", {"measure": "load"}, "loading the files, seconds", number("load_seconds", digits=1)),
+    ("load", {"measure": "load"}, "times the reading of the files alone", number("times_reading", digits=2)),
+    ("load", {"measure": "load, cached files"}, "loading cached files, seconds", number("load_seconds", digits=1)),
     ("agreement", {"measure": AGREEMENT}, "error of the logits, %", number("error", 0.01, 1)),
     ("agreement", {"measure": AGREEMENT}, "the same next token, %", number("same_choice", 0.01, 1)),
 ]
