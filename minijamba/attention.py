@@ -165,7 +165,8 @@ class Attention(nn.Module):
 def _next_rungs(device: torch.device) -> dict[str, Callable]:
     """One token of each row in a cache of fixed size: (attention, x (b, 1, d), layout, cache) -> y (b, 1, h p)."""
     implementations = {"naive": _next, "parallel": _next}
-    return implementations if why_no_kernels(device) else implementations | {"fused": _fused_next}
+    fused = _next if torch.is_grad_enabled() else _fused_next  # the kernel has no gradient
+    return implementations if why_no_kernels(device) else implementations | {"fused": fused}
 
 
 def _next(own: Attention, x: Tensor, layout: Layout, cache: KeyValues) -> Tensor:

@@ -203,6 +203,7 @@ class Budget:
     chunk: int
     kv: str | None = None
     kernels: bool = False
+    ragged: bool = False
 
     @cached_property
     def weights(self) -> list[Weight]:
@@ -296,7 +297,8 @@ class Budget:
             Mamba            T (6 c + r + 2 n), T 8 c float32, and four blocks of states of the scan, each
                              min(T c n, max(2^20, 16 b c n)) float32
             attention        T (3 d + 3 h p), T 4 h p float32 for rotary positions, and the mask: T context bool and as
-                             many values; kernels in half precision need none, but T 2 h p float32 for sums
+                             many values; kernels in half precision need none, but T 2 h p float32 for sums, unless
+                             rows are of different lengths or a window is shorter than the context
             keys, values     in 8 bits: those of a layer, unpacked
             MLP              T 3 f
             MoE              T (5 k d + 3 f), and T 2 e float32: every token may choose the same expert; kernels, which
@@ -310,7 +312,9 @@ class Budget:
         d, f, c, n = config.hidden_size, config.intermediate_size, config.d_inner, config.mamba_d_state
         k, e = config.num_experts_per_tok, config.num_experts
         turned = 0 if config.rope_theta is None else 4 * width * max(4, size)
-        mask = self.context * (1 + size) if not (self.kernels and size == 2) else 2 * width * 4
+        windowed = config.sliding_window is not None and config.sliding_window < self.context
+        masked = self.ragged or windowed or not (self.kernels and size == 2)
+        mask = self.context * (1 + size) if masked else 2 * width * 4
         heads = config.num_key_value_heads * config.head_dim
         unpacked = 0 if self.kv is None else 2 * self.batch * self.context * heads
         states = min(tokens * c * n, max(2**20, 16 * self.batch * c * n))
@@ -420,6 +424,7 @@ def budget(
     chunk: int = 2048,
     kv: str | None = None,
     kernels: bool = False,
+    ragged: bool = False,
 ) -> Budget:
     """Parameters, bytes and FLOPs of a configuration, to print, draw or compare with a device's memory.
 
@@ -436,6 +441,7 @@ def budget(
         chunk:    tokens of a prompt that are read at a time.
         kv:       "int8" for keys and values in a byte a number and 4 bytes a token and head; None for `dtype`.
         kernels:  count the working memory of a GPU's kernels, not that of the parallel rungs.
+        ragged:   the sequences are of different lengths, `context` tokens at most.
     Raises: ValueError naming the argument that is out of range.
     Source: Jamba, Table 1, for the cache; Jamba-1.5, section 3.1, and vLLM's ExpertsInt8 for "int8".
     """
@@ -449,7 +455,7 @@ def budget(
         raise ValueError(f'kv is {kv!r}, but must be None or "int8"')
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
-    return Budget(config, context, batch, quantize, dtype, chunk, kv, kernels)
+    return Budget(config, context, batch, quantize, dtype, chunk, kv, kernels, ragged)
 
 
 def compare(configs: dict[str, JambaConfig] | None = None, context: int = 262144) -> str:

@@ -116,6 +116,8 @@ class PackedKeyValues(KeyValues):
         self.key_scales, self.value_scales = key_scales, value_scales
 
     def extend(self, keys: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        if keys.requires_grad or values.requires_grad:
+            raise ValueError("keys and values in int8 have no gradient: leave kv out, or call under torch.no_grad()")
         (packed_keys, key_scales), (packed_values, value_scales) = _pack(keys), _pack(values)
         slots = self.keys.shape[1] if layout.ends is not None else layout.past + keys.shape[1]
         self.key_scales = _write(_room(self.key_scales, slots, key_scales), key_scales, layout)
@@ -228,7 +230,7 @@ class Cache:
         """
         self._check_whole()
         self.whole = False
-        if self.fixed and steps == 1 and segments is None:
+        if self.fixed and steps == 1 and segments is None and self.documents is None:
             return self._advance_one(real)
         past = self.filled
         positions = self.lengths[:, None] + torch.arange(steps, device=self.lengths.device)
@@ -260,12 +262,16 @@ class Cache:
         """
         if self.documents is not None:
             raise ValueError("a cache of packed documents cannot be fixed: start each document in a row of its own")
+        self.reserve(max(capacity, 1))
+        self.fixed = True
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` slots, if there are not so many."""
         for layer in self.layers:
             if isinstance(layer, KeyValues):
-                more = max(capacity - layer.keys.shape[1], 1 - layer.keys.shape[1], 0)
+                more = max(capacity - layer.keys.shape[1], 0)
                 for name, buffer in vars(layer).items() if more else ():
                     setattr(layer, name, F.pad(buffer, (0, 0) * (buffer.dim() - 2) + (0, more)))
-        self.fixed = True
 
     def _advance_one(self, real: Tensor | None) -> Layout:
         if self.filled >= self.capacity:

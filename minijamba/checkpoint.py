@@ -27,7 +27,7 @@ from .quantize import SCHEMES, PackedWeight, scheme
 from .random_weights import random_weight
 from .rungs import find_device
 from .stored import CONFIG, FLOATS, INDEX, Stored, check_shapes, listed, matching, read_headers
-from .stream import LoadReport, Place, fill
+from .stream import BESIDE, BLOCK, LoadReport, Place, fill
 from .writing import CHECKSUMS, COMPANIONS, WEIGHTS, Output, bar, companions_of, write_checkpoint
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -81,11 +81,11 @@ def load_timed(
         folder = locate(path_or_repo_id, weights=False)
         config, packed = _config(folder), packed_files.scheme_of_files(_folder(folder))
         quantize = _agreed(quantize, packed, path_or_repo_id)
-        _memory(config, dtype, quantize, device, path_or_repo_id)
+        _memory(config, dtype, quantize, device, path_or_repo_id, packed is not None)
         path = locate(path_or_repo_id, pickled=config.family.pickle)
         stored = packed_files.match_packed(config, path, packed) if packed else _match(config, path)
         config = _with_stored_dtype(config, path, stored)
-        need = _memory(config, dtype, quantize, device, path_or_repo_id)
+        need = _memory(config, dtype, quantize, device, path_or_repo_id, packed is not None)
     try:
         with report.timed("headers"):
             model = _unfilled(config, need.dtype, device, quantize)
@@ -117,17 +117,22 @@ class _Need(NamedTuple):
     def ran_out(self) -> str:
         return (
             f"{self.what} needs {readable(self.bytes)}, and {self.device} ran out of memory, although it had "
-            f"{readable(self.free)} free before: something else took memory meanwhile; end it, or {self.remedy}"
+            f"{readable(self.free)} free before: end what else takes memory there, or {self.remedy}"
         )
 
 
-def _memory(config: JambaConfig, dtype: str | torch.dtype, quantize: str | None, device: torch.device, name) -> _Need:
+def _memory(
+    config: JambaConfig, dtype: str | torch.dtype, quantize: str | None, device: torch.device, name, packed: bool
+) -> _Need:  # fmt: skip
     """What the weights need, with one tensor beside them; ValueError if that is more than is free."""
     dtype = _dtype(dtype, config.dtype, (*DTYPES, "float64"))
     largest = max(weight.size * _dtype_in_memory(weight.name, dtype).itemsize for weight in weights(config))
-    sizes = {q: budget(config, quantize=q, dtype=dtype).weight_bytes + largest for q in (None, *SCHEMES)}
+    beside = max(largest, BESIDE) if device.type == "cuda" and largest > BLOCK else largest
+    sizes = {q: budget(config, quantize=q, dtype=dtype).weight_bytes + beside for q in (None, *SCHEMES)}
     smaller = [f"quantize={q!r} ({readable(size)})" for q, size in sizes.items() if size < sizes[quantize]]
     remedy = f"use {', '.join([*smaller, 'a dtype of fewer bits'])} or a device with more memory"
+    if packed:
+        remedy = "use a device with more memory, or convert the checkpoint that it was made from to fewer bits"
     packed = f" and {quantize}" if quantize else ""
     free = available_memory(device)
     need = _Need(f"{name} in {_name(dtype)}{packed}", dtype, sizes[quantize], free, device, remedy)

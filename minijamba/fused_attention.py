@@ -59,7 +59,8 @@ def attend(
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     _attend[splits, groups, batch](
         q.contiguous(), keys, values, key_scales, value_scales, ends, sums, scales, window or slots + 1, size**-0.5,
-        slots, batch, GROUPS=groups, SHARED=shared, SIZE=size // 2 if packed else size,
+        slots, batch, GROUPS=groups, SHARED=shared,
+        HEADS=max(16, triton.next_power_of_2(shared)), SIZE=size // 2 if packed else size,
         PADDED=max(16, padded // 2) if packed else padded, SLOTS=SLOTS, NUMBERS=numbers(q.dtype), WIDE=wide(q),
         num_warps=warps, num_stages=stages, **overlap(q.device),
     )  # fmt: skip
@@ -131,8 +132,8 @@ def _eighth(x, scale):
 @triton.jit(do_not_specialize=["batch", "window"])
 def _attend(
     q, keys, values, key_scales, value_scales, ends, sums, scales, window, scale: tl.constexpr, slots, batch,
-    GROUPS: tl.constexpr, SHARED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr,
-    NUMBERS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    GROUPS: tl.constexpr, SHARED: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr,
+    SLOTS: tl.constexpr, NUMBERS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The queries that share a head of keys, over this program's part of the slots in use.
 
@@ -142,7 +143,7 @@ def _attend(
         gdc_wait()
     split, splits = tl.program_id(0), tl.num_programs(0)
     group, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    n, p, s = tl.arange(0, 16), tl.arange(0, PADDED), tl.arange(0, SLOTS)
+    n, p, s = tl.arange(0, HEADS), tl.arange(0, PADDED), tl.arange(0, SLOTS)
     head = b * GROUPS * SHARED + group * SHARED + n
     real_heads = (n < SHARED)[:, None] & (p < SIZE)[None, :]
     if key_scales is None:
@@ -158,8 +159,8 @@ def _attend(
     part = tl.cdiv(tl.cdiv(end - first, splits), SLOTS) * SLOTS
     begin = first + split * part
     stop = tl.minimum(begin + part, end)
-    highest = tl.full([16], -float("inf"), WIDE)
-    total, y = tl.zeros([16], WIDE), tl.zeros([16, PADDED], WIDE)
+    highest = tl.full([HEADS], -float("inf"), WIDE)
+    total, y = tl.zeros([HEADS], WIDE), tl.zeros([HEADS, PADDED], WIDE)
     y_odd = y
     for slot in range(begin, stop, SLOTS):
         here = (slot + s).to(tl.int64)
@@ -168,10 +169,10 @@ def _attend(
         k = tl.load(keys + number[:, None] * SIZE + p[None, :], mask=real, other=0)
         v = tl.load(values + number[:, None] * SIZE + p[None, :], mask=real, other=0)
         if key_scales is None:
-            scores = _dot(queries, tl.trans(k.to(NUMBERS)), tl.zeros([16, SLOTS], WIDE)) * scale
+            scores = _dot(queries, tl.trans(k.to(NUMBERS)), tl.zeros([HEADS, SLOTS], WIDE)) * scale
         else:
             k_even, k_odd = _bytes(tl.trans(k), NUMBERS)
-            scores = _dot(odd, k_odd, _dot(even, k_even, tl.zeros([16, SLOTS], WIDE)))
+            scores = _dot(odd, k_odd, _dot(even, k_even, tl.zeros([HEADS, SLOTS], WIDE)))
             scores *= tl.load(key_scales + number, mask=here < stop, other=0)[None, :] * (largest * scale)
         scores = tl.where((here < stop)[None, :], scores, -float("inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))

@@ -8,7 +8,9 @@ from torch import Tensor
 from .budget import budget, refuse_if_too_large
 from .cache import Cache
 from .model import Jamba, check_tokens
-from .rungs import why_no_kernels
+from .moe import Experts, waits_for_host
+from .quantize import PackedWeight
+from .rungs import kernels_in_force, why_no_kernels
 
 CHUNK = 16384  # tokens of prompt that a GPU reads at once
 AHEAD = 3  # steps
@@ -43,9 +45,10 @@ def generate(
         temperature: 0 takes the likeliest token; otherwise logits are divided by it before sampling.
         top_k:  sample among the k likeliest tokens only.
         top_p:  sample among the fewest tokens whose probabilities reach p, in (0, 1].
-        repetition_penalty: logits of tokens already in the row are divided by it if positive, else multiplied; 1 = off.
+        repetition_penalty: logits of tokens in this prompt, or written after it, are divided by it if positive, else
+            multiplied; 1 = off.
         stop:   token or tokens that end a row; the model's own (`config.stop_tokens`) when None, () for none.
-        stream: called after each step with that step's token of every row.
+        stream: called after each step with that step's token of every row. If it raises, the cache ends with it.
         mask:   (b, t) bool, True for real tokens, when `tokens` is padded.
         cache:  sequences to continue; on return it holds the prompt and everything returned, ready for the next turn.
         seed:   makes sampling repeatable.
@@ -61,11 +64,12 @@ def generate(
     _check_options(max_new_tokens, temperature, top_k, top_p, repetition_penalty, chunk)
     batch = len(tokens)
     context = tokens.shape[1] + max_new_tokens + (0 if cache is None else cache.filled)
-    _refuse_beyond_memory(model, context, batch, chunk, kv if cache is None else cache.kv)
+    _refuse_beyond_memory(model, context, batch, chunk, kv, cache, ragged=not bool(mask.all()))
     reused = cache is not None
     if reused and kv not in (None, cache.kv):
         raise ValueError(f"kv is {kv!r}, but the cache that is given keeps its own kind, {cache.kv!r}: leave kv out")
-    cache = cache if reused else model.new_cache(batch, capacity=context, kv=kv)
+    cache = cache if reused else model.new_cache(batch, kv=kv)
+    cache.reserve(context)
     logits = _prefill(model, tokens, mask, cache, chunk, progress)
     if max_new_tokens == 0:
         return tokens.new_empty(batch, 0)
@@ -80,7 +84,11 @@ def generate(
     recordable = _recordable(model, cache)
     if recordable:
         cache.fix(context)
-    new = _write(writer, max_new_tokens, graph and recordable, generator, stream, progress)
+    try:
+        new = _write(writer, max_new_tokens, graph and recordable, generator, stream, progress)
+    except BaseException:
+        cache.whole = False  # a GPU is steps ahead of what was seen
+        raise
     if reused and writer.steps < len(new):
         writer.step()
     cache.measure()
@@ -145,9 +153,11 @@ class Writer:
 
 def _recordable(model: Jamba, cache: Cache) -> bool:
     """Whether a CUDA graph can record a step: on a GPU, with kernels that never ask the host."""
-    experts = any(layer.feed_forward == "moe" for layer in model.config.layers)
-    kernels = why_no_kernels(model.device) is None and not (experts and model.config.mlp_bias)
-    return model.device.type == "cuda" and kernels and cache.documents is None
+    if model.device.type != "cuda" or cache.documents is not None or not kernels_in_force(model.device):
+        return False
+    stacks = (module.gate_proj for module in model.modules() if isinstance(module, Experts))
+    bits = max((stack.packed().bits if isinstance(stack, PackedWeight) else 16 for stack in stacks), default=16)
+    return not waits_for_host(model.config, model.dtype, model.device, len(cache.lengths), bits)
 
 
 def _write(
@@ -281,17 +291,22 @@ def _stops(model: Jamba, stop: int | Sequence[int] | None) -> list[int]:
     return [stop] if isinstance(stop, int) else list(stop)
 
 
-def _refuse_beyond_memory(model: Jamba, context: int, batch: int, chunk: int, kv: str | None) -> None:
+def _refuse_beyond_memory(
+    model: Jamba, context: int, batch: int, chunk: int, kv: str | None, cache: Cache | None, ragged: bool
+) -> None:  # fmt: skip
+    held = 0 if cache is None else cache.nbytes
     plan = budget(
         model.config,
         context=context,
         batch=batch,
         dtype=model.dtype,
         chunk=chunk,
-        kv=kv,
+        kv=kv if cache is None else cache.kv,
+        ragged=ragged or (cache is not None and cache.ragged),
         kernels=why_no_kernels(model.device) is None,
     )
-    refuse_if_too_large(plan.working_bytes, model.device, f"the cache of {batch} sequences of {context:,} tokens")
+    what = f"the cache of {batch} sequences of {context:,} tokens"
+    refuse_if_too_large(max(0, plan.working_bytes - held), model.device, what)
 
 
 def _check_options(

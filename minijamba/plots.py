@@ -12,6 +12,7 @@ import itertools
 import re
 
 import matplotlib
+import matplotlib.collections
 import matplotlib.colors
 import matplotlib.figure
 import matplotlib.patches
@@ -268,19 +269,26 @@ def packing_errors(layers, kinds, errors: dict, expected: dict) -> Figure:
 
 
 def rounded_weights(weights, rounded: dict) -> Figure:
-    """A group of weights from the smallest to the largest, and the levels to which each of some formats rounds them.
+    """How far each of some formats moves the weights of a group: rounded - weight, against the weight.
 
-    weights: (n,); rounded: up to 4 titles -> (levels (l,), rounded weights (n,)), a panel each.
+    A grey line for each number of a format: the weights that are nearest to it. Dashed lines lie half a step from zero:
+    a weight beyond them is not rounded to the nearest number.
+
+    weights: (n,); rounded: up to 4 titles -> (numbers (l,), evenly spaced, rounded weights (n,)), a panel each.
     """
-    order = np.argsort(weights)
-    figure = Figure(figsize=(8.4, 3.2), dpi=100, layout="constrained")
-    for axes, (title, (levels, values)) in zip(
+    weights = np.asarray(weights)
+    figure = Figure(figsize=(8.4, 3.4), dpi=100, layout="constrained")
+    for axes, (title, (numbers, values)) in zip(
         figure.subplots(1, len(rounded), sharey=True, squeeze=False)[0], rounded.items(), strict=True
     ):
-        axes.hlines(levels, -1, len(order), color=COLOURS["neutral"], linewidth=0.8, label="numbers that there are")
-        axes.plot(np.asarray(weights)[order], "o", color="black", markersize=4, fillstyle="none", label="weight")
-        axes.plot(np.asarray(values)[order], ".", color=COLOURS["mamba"], markersize=4, label="rounded")
-        axes.set(xlabel="weights in order of size", ylabel="value, no unit")
+        numbers, half = np.asarray(numbers), np.abs(np.diff(numbers)).mean() / 2
+        nearest = [[(number - half, half), (number + half, -half)] for number in numbers]
+        lines = matplotlib.collections.LineCollection(nearest, color=COLOURS["neutral"], label="nearest to a number")
+        axes.add_collection(lines)
+        for sign, label in ((1, "half a step"), (-1, None)):
+            axes.axhline(sign * half, color="black", linestyle="--", linewidth=1, label=label)
+        axes.plot(weights, np.asarray(values) - weights, "o", color=COLOURS["mamba"], markersize=4, label="a weight")
+        axes.set(xlabel="weight", ylabel="rounded - weight")
         axes.label_outer()
         axes.set_title(title, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
@@ -312,8 +320,11 @@ def reached(speeds: dict, limits: dict, xlabel: str, limit: str = "limit", other
     return axes.figure
 
 
-def over(curves: dict, xlabel: str, ylabel: str, *, dashed=(), level: tuple | None = None, log: bool = False) -> Figure:
-    """Curves over a number that doubles from place to place, such as a context or a batch.
+def over(
+    curves: dict, xlabel: str, ylabel: str, *, dashed=(), level: tuple | None = None, doubling: bool = True,
+    log: bool = False,
+) -> Figure:  # fmt: skip
+    """Curves over a number such as a context or a batch, which doubles from place to place if `doubling`.
 
     curves: name -> (x, y), NaN where not measured; those in `dashed` take the colours again from the first on.
     level:  (name, y), a horizontal line; log: y also in powers of two.
@@ -328,10 +339,13 @@ def over(curves: dict, xlabel: str, ylabel: str, *, dashed=(), level: tuple | No
             axes.plot(x[here], y[here], style, color=colours[i % len(colours)], markersize=4, label=name)
     if level is not None:
         axes.axhline(level[1], color="black", linestyle=":", linewidth=1, label=level[0])
-    axes.set_xscale("log", base=2)
-    places = sorted({float(x) for xs, _ in curves.values() for x in xs})
-    axes.set_xticks(places, [f"{x / 1024:,.0f}K" if x >= 1024 else f"{x:g}" for x in places])
-    axes.minorticks_off()
+    if doubling:
+        axes.set_xscale("log", base=2)
+        places = sorted({float(x) for xs, _ in curves.values() for x in xs})
+        axes.set_xticks(places, [f"{x / 1024:,.0f}K" if x >= 1024 else f"{x:g}" for x in places])
+        axes.minorticks_off()
+    else:
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}k" if x >= 1000 else f"{x:g}")
     if log:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.3g}" if y < 1000 else f"{y:,.0f}")
@@ -361,7 +375,7 @@ def stacked(names, parts: dict, xlabel: str, marks: dict | None = None, mark: st
             axes.vlines(marks[name], place - 0.4, place + 0.4, color="black", linewidth=2, label=label)
     axes.set_xlim(0, 1.12 * max([*ends, *marks.values()]))
     axes.invert_yaxis()
-    axes.figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return axes.figure
 
 

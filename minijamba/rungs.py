@@ -44,6 +44,11 @@ def why_no_kernels(device: torch.device) -> str | None:
     return None
 
 
+def kernels_in_force(device: torch.device) -> bool:
+    """Whether "auto" means kernels on tensors of this device, here and now."""
+    return why_no_kernels(device) is None and _default in ("auto", "fused")
+
+
 def find_device(device: str | torch.device) -> torch.device:
     """The device of that name; "auto" is the GPU where CUDA finds one, otherwise the CPU. Raises: ValueError."""
     if device == "auto":

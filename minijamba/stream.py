@@ -3,8 +3,9 @@
     file  --threads-->  ring of buffers on the host  --copies, beside the computation-->  device  --pack-->  its place
 
 A block is a run of a tensor's numbers, whole rows where they are to be packed. The ring is no larger than the largest
-tensor, so that memory holds the model and one tensor at most. A GPU packs four blocks of a tensor at a time: to tell it
-what to do takes as long for one, and the thread that does so must keep up with all those that read.
+tensor, so that a CPU's memory holds the model and one tensor at most, and a GPU's the model and BESIDE bytes. It packs
+four blocks of a tensor at a time: to tell it what to do takes as long for one, and the thread that does so must keep up
+with all those that read.
 """
 
 import math
@@ -29,7 +30,8 @@ BLOCK = 2**24  # bytes at most, but for a row that is longer: large enough for t
 LEAST = 2**16  # bytes, below which a block costs more than its content
 THREADS = 16  # at most; one does not reach the speed of a fast disk
 JOINED = 4  # blocks that a GPU packs at a time
-ON_DEVICE = 4  # buffers of so many blocks that it holds beside the model
+ON_DEVICE = 3  # buffers of so many blocks that it holds beside the model
+BESIDE = 3 * 2**28  # bytes, the most that buffers and packing take on a GPU
 
 
 @dataclass

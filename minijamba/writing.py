@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from secrets import token_hex
 from threading import Lock
@@ -113,8 +114,8 @@ def _write_files(folder: Path, plan: dict[str, list[Output]], checksums: bool, p
 
 
 def write_file(file: Path, outputs: list[Output], written: Callable[[Output, memoryview], None]) -> None:
-    """A safetensors file. The widest numbers come first, so that each tensor starts at a multiple of its itemsize."""
-    outputs, end = sorted(outputs, key=lambda output: -output.dtype.itemsize), 0
+    """A safetensors file, in which each tensor starts at a multiple of its itemsize."""
+    outputs, end = _aligned(outputs), 0
     header: dict = {"__metadata__": {"format": "pt"}}
     for output in outputs:
         offsets = [end, end := end + output.nbytes]
@@ -127,6 +128,14 @@ def write_file(file: Path, outputs: list[Output], written: Callable[[Output, mem
             content = memoryview(output.tensor().view(-1).view(torch.uint8).numpy())
             stream.write(content)
             written(output, content)
+
+
+def _aligned(outputs: list[Output]) -> list[Output]:
+    """As they come, so that what is made together need not wait; or, if one would lie askew, the widest first."""
+    starts = accumulate((output.nbytes for output in outputs), initial=0)
+    if all(start % output.dtype.itemsize == 0 for start, output in zip(starts, outputs, strict=False)):
+        return outputs
+    return sorted(outputs, key=lambda output: -output.dtype.itemsize)
 
 
 def _write_json(file: Path, values: dict) -> None:

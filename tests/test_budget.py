@@ -340,6 +340,24 @@ def test_biases_are_not_quantised(quantize):
     assert extra["mlp"] - plain["mlp"] == 4 * (48 + 48 + 32) * 4
 
 
+def test_kernels_take_a_mask_where_rows_differ_or_a_window_ends():
+    config = preset("mistral-7b")
+    plan = {"context": 32768, "dtype": "bfloat16", "chunk": 1024}
+
+    def check(mask, **options):
+        free = budget(dataclasses.replace(config, sliding_window=None), kernels=True, **plan).activation_bytes
+        masked = budget(config, kernels=True, **plan, **options).activation_bytes
+        assert masked - free == mask
+
+    values = 1024 * 32768 * (1 + 2) - 1024 * 2 * 4096 * 4
+    check(values)
+    check(values, ragged=True)
+    config = dataclasses.replace(config, sliding_window=None)
+    check(values, ragged=True)
+    check(0)
+    assert_rejects(lambda mask: check(mask, ragged=True), 0)
+
+
 def test_int4_groups_of_64_in_blocks_of_256():
     config = preset("tiny", hidden_size=128, intermediate_size=260)
     gate_row, down_row = 256 // 2 + 2 * 4, 512 // 2 + 2 * 8

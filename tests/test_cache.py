@@ -5,6 +5,7 @@ import safetensors.torch
 import torch
 
 from minijamba.cache import Cache, KeyValues
+from minijamba.generate import generate
 from minijamba.model import Jamba
 from minijamba.testing import assert_matches, assert_rejects
 
@@ -252,7 +253,12 @@ def test_types_stay_as_they_are(hybrid, long_memory, dtype):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_autocast_computes_in_half_and_remembers_in_full(hybrid, long_memory, kind, gradients):
     model, more = long_memory(Jamba(hybrid)), draw(2, 6, seed=1)
-    expected = model(more, cache=used(model, kind))
+    if gradients and kind == "eight bits":
+        with torch.enable_grad(), pytest.raises(ValueError, match="no gradient.*no_grad"):
+            used(model, kind)
+        return
+    with torch.no_grad():
+        expected = model(more, cache=used(model, kind))
 
     def check(more):
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
@@ -308,3 +314,43 @@ def test_a_cache_of_another_model_is_refused_untouched(model):
         with pytest.raises(ValueError, match=match):
             model(tokens, cache=cache)
         assert cache.filled == 0 and cache.whole
+
+
+@torch.no_grad()
+def test_documents_stay_apart_in_a_cache_that_was_fixed_before(hybrid, long_memory):
+    model, tokens = long_memory(Jamba(hybrid)).double(), draw(1, 7)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1]])
+
+    def read(fixed, segments=segments):
+        cache = model.new_cache(1, capacity=9)
+        if fixed:
+            cache.fix(9)
+        model(tokens[:, :6], cache=cache, segments=segments)
+        return model(tokens[:, 6:], cache=cache)
+
+    def check(segments):
+        assert_matches(read(True, segments), read(False), 1e-12, "the next token")
+
+    check(segments)
+    assert_rejects(check, torch.zeros_like(segments))
+
+
+def test_room_is_made_once_and_for_what_is_asked(model):
+    cache = model.new_cache(1)
+    generate(model, draw(1, 5), max_new_tokens=3, stop=(), cache=cache)
+    assert cache.capacity == 8
+    generate(model, draw(1, 2), max_new_tokens=1, stop=(), cache=cache)
+    assert cache.capacity == 11
+    cache.reserve(4)
+    assert cache.capacity == 11
+
+
+def test_a_cache_ends_with_an_exception_in_the_stream(model):
+    def stream(chosen):
+        raise KeyboardInterrupt
+
+    cache = model.new_cache(1)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, draw(1, 5), max_new_tokens=9, stop=(), cache=cache, stream=stream)
+    with pytest.raises(ValueError, match="start anew"):
+        generate(model, draw(1, 5), max_new_tokens=9, stop=(), cache=cache)

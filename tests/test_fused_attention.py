@@ -1,5 +1,7 @@
 """One token's attention in a cache of fixed size: the kernels against the definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,12 +9,14 @@ from minijamba import fused_attention
 from minijamba.attention import _naive, _rates, rotate
 from minijamba.cache import _pack
 from minijamba.fused_attention import attend, place
+from minijamba.model import Jamba
+from minijamba.rungs import use_rung
 from minijamba.testing import assert_matches, assert_rejects
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # batch, heads, groups, width of a head, slots
-SIZES = [(2, 4, 2, 16, 300), (1, 4, 4, 24, 700), (3, 8, 1, 128, 70)]
+SIZES = [(2, 4, 2, 16, 300), (1, 4, 4, 24, 700), (3, 8, 1, 128, 70), (2, 20, 1, 16, 70)]
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -119,3 +123,41 @@ def test_eight_bits_are_the_nearest():
 
     check([[[[127, 0, 2, -2, -126, 3]]]])
     assert_rejects(check, [[[[127, 0, 1, -2, -126, 3]]]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv", [None, "int8"])
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_whole_model_with_a_fixed_cache(hybrid, kv, window):
+    """Rows of different lengths, 20 query heads for a key head, positions: step by step as without kernels."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 80, "num_attention_heads": 20, "num_key_value_heads": 1, "sliding_window": window}
+    model = Jamba(replace(hybrid, rope_theta=1e4, **sizes)).to(DEVICE).eval()
+    tokens = torch.randint(41, (2, 12), device=DEVICE)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    mask[1, 5:] = False
+
+    def run(rung, tokens=tokens):
+        cache = model.new_cache(2, capacity=16, kv=kv)
+        model(tokens[:, :9], cache=cache, mask=mask)
+        cache.fix(16)
+        with use_rung(rung):
+            return torch.cat([model(token[:, None], cache=cache) for token in tokens[:, 9:].unbind(1)], 1)
+
+    expected = run("parallel")
+
+    def check(tokens):
+        assert_matches(run("fused", tokens), expected, 2e-5 if kv is None else 2e-3, "logits")
+
+    check(tokens)
+    assert_rejects(check, tokens.roll(1, 1))
+
+
+def test_with_gradients_a_fixed_cache_runs_without_the_kernel(hybrid):
+    model = Jamba(hybrid).to(DEVICE)
+    cache = model.new_cache(1, capacity=4)
+    cache.fix(4)
+    with use_rung("fused"):
+        model(torch.tensor([[3]], device=DEVICE), cache=cache).sum().backward()
+    own = model.model.layers[1].mixer
+    assert all(project.weight.grad is not None for project in (own.q_proj, own.k_proj, own.v_proj))

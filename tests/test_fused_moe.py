@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from minijamba import fused_glu
-from minijamba.moe import MoE, fused, mixture, route
+from minijamba.moe import MoE, fused, mixture, route, waits_for_host
 from minijamba.rungs import use_rung
 from minijamba.testing import assert_matches, assert_rejects
 
@@ -256,6 +256,32 @@ def test_nothing_waits_for_the_host(monkeypatch):
     if fused._has_kernel(DEVICE):
         check("fused")
     assert_rejects(check, "naive", "parallel")
+
+
+@torch.no_grad()
+def test_choices_that_are_parts_of_larger_tensors():
+    given = arguments(20, 2, 4, 8, 16)
+    wide = {name: torch.cat([given[name], given[name].flip(0)], 1)[:, :2] for name in ("weights", "indices")}
+    assert not wide["indices"].is_contiguous()
+    expected = mixture(*given.values(), rung="naive")
+
+    def check(changes):
+        assert_matches(kernel(*(given | changes).values()), expected, 1e-5)
+
+    check(wide)
+    assert_rejects(check, {"weights": wide["weights"].flip(1)})
+
+
+def test_few_tokens_ask_nothing_of_the_host(hybrid):
+    def check(tokens, bits, asks):
+        assert waits_for_host(hybrid, torch.float32, DEVICE, tokens, bits) == asks
+
+    for bits, most in fused.AS_STORED.items():
+        tokens = most * hybrid.num_experts // hybrid.num_experts_per_tok
+        check(tokens, bits, False)
+        check(tokens + 1, bits, True)
+    assert waits_for_host(hybrid, torch.float32, DEVICE)
+    assert_rejects(lambda tokens: check(tokens, 16, False), 10**6)
 
 
 def test_gradcheck():

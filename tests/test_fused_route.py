@@ -44,6 +44,11 @@ def test_sorts_as_many_choices_are_sorted(tokens, experts, k):
     assert_rejects(check, indices.flip(0).flip(1) if tokens == 1 else indices.roll(1, 0))
 
 
+def test_what_is_not_a_number_chooses_an_expert_that_exists():
+    x, weight = torch.full((1, 8), torch.nan, device=DEVICE), torch.ones(5, 8, device=DEVICE)
+    assert int(route(x, weight, None, 2, "softmax", False)[2].max()) < 5
+
+
 def test_ties_go_to_the_first_expert():
     x, weight = torch.ones(1, 8, device=DEVICE), torch.ones(4, 8, device=DEVICE)
     _, weights, indices = route(x, weight, None, 2, "softmax", False)

@@ -8,7 +8,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 import minijamba as mj
 from minijamba.cache import MambaState
-from minijamba.generate import _penalise, generate, sample
+from minijamba.generate import Writer, _penalise, generate, sample
 from minijamba.rungs import use_rung
 from minijamba.testing import assert_matches, assert_rejects
 
@@ -224,7 +224,7 @@ def test_a_fixed_cache_makes_room_and_refuses_documents(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.3, "top_k": 5}])
-def test_a_recorded_step_writes_what_the_loop_writes(hybrid, long_memory, dtype, options):
+def test_a_recorded_step_writes_what_the_loop_writes(hybrid, long_memory, monkeypatch, dtype, options):
     """Two turns on one cache, in which the rows end at different times. Without a GPU, both are the loop."""
     model = long_memory(mj.Jamba(hybrid)).to(DEVICE, dtype).eval()
     free = generate(model, prompt(4, 9, 1), max_new_tokens=60, stop=(), **options)
@@ -243,7 +243,10 @@ def test_a_recorded_step_writes_what_the_loop_writes(hybrid, long_memory, dtype,
         for one, other in zip(turns, expected, strict=True):
             assert torch.equal(one, other)
 
+    recorded, record = [], Writer.record
+    monkeypatch.setattr(Writer, "record", lambda *arguments: recorded.append(1) or record(*arguments))
     check(write())
+    assert len(recorded) == 2 * (DEVICE.type == "cuda")
     assert_rejects(check, write(()))
 
 

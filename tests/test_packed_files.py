@@ -349,6 +349,41 @@ def test_what_is_wrong_is_refused(packed, case):
     assert_names(refusal(mj.load, packed, "cpu"), words)
 
 
+def test_no_remedy_that_would_be_refused(packed, monkeypatch):
+    monkeypatch.setattr(import_module("minijamba.budget"), "available_memory", lambda device: 1000)
+    said = refusal(mj.load, packed, "cpu")
+    assert_names(said, ["more memory", "convert the checkpoint that it was made from"])
+    assert "quantize=" not in said
+
+
+def test_what_is_packed_together_does_not_wait(make, tmp_path, monkeypatch):
+    """Of a matrix whose scales come first in the file, the values would have to be kept."""
+    mj.save(make(), tmp_path / "a")
+    waiting, most, take = {}, [], packed_files._Both.take
+
+    def watched(both, half):
+        def read():
+            tensor = take(both, half)()
+            waiting[both] = sum(part.nbytes for part in both.waiting.values())
+            most.append(sum(waiting.values()))
+            return tensor
+
+        return read
+
+    monkeypatch.setattr(packed_files._Both, "take", watched)
+
+    def check(ordered):
+        most.clear()
+        waiting.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writing, "_aligned", ordered)
+            checkpoint.convert(tmp_path / "a", tmp_path / "b", quantize="int8", device="cpu")
+        assert max(most) < 2000, max(most)
+
+    check(writing._aligned)
+    assert_rejects(check, lambda outputs: sorted(outputs, key=lambda output: -output.dtype.itemsize))
+
+
 def test_schemes_do_not_mix(packed, make, tmp_path):
     words = ["quantize is 'int4'", "packed as 'int8-all'", "leave quantize None", "not quantized"]
     assert_names(refusal(mj.load, packed, "cpu", "auto", "int4"), words)

@@ -198,17 +198,21 @@ def test_packing_errors_stand_at_their_layer():
     assert_rejects(check, kinds[::-1], ["mamba", "mlp", "mlp", "attention"])
 
 
-def test_rounded_weights_are_drawn_by_size():
-    weights, levels = np.array([0.9, -0.4, 0.1]), [-1.0, 0.0, 1.0]
+def test_rounded_weights_are_drawn_by_how_far_they_moved():
+    weights = np.array([0.9, -0.4, 0.1])
 
-    def check(rounded):
-        (axes,) = plots.rounded_weights(weights, {"three": (levels, rounded)}).axes
-        exact, found = axes.lines
-        assert_matches([exact.get_ydata(), found.get_ydata()], [[-0.4, 0.1, 0.9], [0.0, 0.0, 1.0]], 0)
-        assert [segment[0, 1] for segment in axes.collections[0].get_segments()] == levels
+    def check(rounded, numbers=(-1.0, 0.0, 1.0)):
+        (axes,) = plots.rounded_weights(weights, {"three": (numbers, rounded)}).axes
+        *halves, dots = axes.lines
+        assert_matches([dots.get_xdata(), dots.get_ydata()], [weights, [0.1, 0.4, -0.1]], 1e-12)
+        assert [line.get_ydata()[0] for line in halves] == [0.5, -0.5]
+        slanted = [segment.tolist() for segment in axes.collections[0].get_segments()]
+        assert slanted == [[[x - 0.5, 0.5], [x + 0.5, -0.5]] for x in (-1, 0, 1)]
 
-    check(np.array([1.0, 0.0, 0.0]))
-    assert_rejects(check, np.array([0.0, 0.0, 1.0]))
+    right = np.array([1.0, 0.0, 0.0])
+    check(right)
+    assert_rejects(check, np.array([0.0, 0.0, 1.0]), weights, -right)
+    assert_rejects(lambda numbers: check(right, numbers), (-2.0, 0.0, 2.0), (0.0, 1.0), (-0.5, 0.5, 1.5))
 
 
 COLOUR_BLINDNESS = {  # on linear RGB: Machado, Oliveira and Fernandes 2009, full severity
@@ -255,6 +259,8 @@ def test_over_leaves_out_what_was_not_measured():
 
     check([3.0, math.nan, 5.0])
     assert_rejects(check, [3.0, 0.0, 5.0])
+    (axes,) = plots.over({"a": ([1, 2000], [1.0, 2.0])}, "x", "y", doubling=False).axes
+    assert axes.get_xscale() == "linear" and axes.xaxis.get_major_formatter()(2000, None) == "2k"
     (axes,) = plots.over({"a": ([1, 2], [1.0, 2000.0])}, "x", "y", log=True).axes
     assert axes.get_yscale() == "log" and axes.yaxis.get_major_formatter()(2000, None) == "2,000"
 

@@ -91,7 +91,7 @@ def rows_of(job: Job, left_out: dict[str, str]) -> Iterator[dict]:
 
     A program that cannot be made ready fails in all cases; vLLM, which gets ready for the longest context, in those.
     """
-    waiting, ready = list(job.cases), False
+    waiting = list(job.cases)
     while waiting:
         say(f"{job.model}, {job.side}, {job.quantize or job.config.dtype}: {len(waiting)} cases")
         ready = False
@@ -249,10 +249,11 @@ def added_to(name: str, rows: list[dict], earlier: dict, where: dict, facts: dic
     runs = earlier.get("earlier", [])
     kept = [{"run": len(runs)} | row for row in earlier["rows"] if _key(row) not in new]
     runs = [*runs, {fact: earlier[fact] for fact in ("command", "commit", "date", "versions", "card")}]
-    left_out = {side: why for side, why in earlier["left_out"].items()} | facts["left_out"]
+    measured = {f"{row['side']}, {row['model']}" for row in rows}
+    left_out = {side: why for side, why in earlier["left_out"].items() if side not in measured} | facts["left_out"]
     return record(name, [*kept, *rows], **where, **facts | {"left_out": left_out, "earlier": runs})
 
 
 def _key(row: dict) -> tuple:
-    names = ("measure", "model", "quantize", "side", "batch")
+    names = ("measure", "model", "quantize", "side", "dtype", "batch")
     return *(row[name] for name in names), row.get("kv"), None if row["measure"] == LONGEST else row["context"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..budget import budget
 from ..config import preset
+from ..generate import CHUNK
 from .prefill import limit_of
 from .programs import OURS, Job, Program
 from .serving import LONGEST, ServingPlan, bench_serving, one_device, repeated, seconds, summary
@@ -72,6 +73,6 @@ def longest_contexts(jobs: list[Job]) -> Iterator[dict]:
         config = preset(model)
         row = {"measure": LONGEST, "model": model, "quantize": scheme, "side": OURS, "dtype": config.dtype}
         room = jobs[0].memory * 2**30 - jobs[0].card.get("context_bytes", 0)
-        context = limit_of(budget(config, quantize=scheme, kernels=True), int(room))
+        context = limit_of(budget(config, quantize=scheme, chunk=CHUNK, kernels=True), int(room))
         if context:
             yield {**row, "memory": jobs[0].memory, "batch": 1, "context": context, "computed": True}

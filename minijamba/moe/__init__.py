@@ -11,7 +11,7 @@ from ..rungs import choose, why_no_kernels
 from . import grouped, naive
 from .router import Routing, balance_loss, expert_load, route, sinkhorn
 
-FEW = 128  # choices that are routed and sorted in a kernel of one program
+ROUTED = 128  # choices, up to which one kernel multiplies by the router and chooses
 
 __all__ = ["Experts", "MoE", "Routing", "balance_loss", "expert_load", "mixture", "route", "sinkhorn", "waits_for_host"]
 
@@ -26,17 +26,21 @@ def rungs(device: torch.device, biased: bool = False) -> dict[str, Callable]:
     return implementations
 
 
-def waits_for_host(config: JambaConfig, dtype: torch.dtype, device: torch.device) -> bool:
+def waits_for_host(
+    config: JambaConfig, dtype: torch.dtype, device: torch.device, tokens: int | None = None, bits: int = 16
+) -> bool:  # fmt: skip
     """Whether the mixture, computed in this dtype, must know on the host how many tokens each expert got.
 
-    Then no CUDA graph can record it.
+    Then no CUDA graph can record it. tokens: of a call without gradients, whose experts have so many bits a weight.
     """
     if all(layer.feed_forward != "moe" for layer in config.layers):
         return False
     if why_no_kernels(device) is not None or config.mlp_bias:
         return True
-    from .fused import all_at_once
+    from .fused import all_at_once, reads_as_stored
 
+    if tokens is not None and reads_as_stored(tokens * config.num_experts_per_tok, config.num_experts, bits):
+        return False
     return not all_at_once(config.intermediate_size, config.hidden_size, dtype, device)
 
 
@@ -109,7 +113,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Routing]:
         tokens = x.flatten(0, 1)
-        few = len(tokens) * self.chosen <= FEW and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        few = len(tokens) * self.chosen <= ROUTED and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         run = choose("moe", "auto", _route_rungs(x.device, few), x.device)
         logits, weights, indices = run(self, tokens, None if real is None else real.flatten())
         y = self.experts(tokens, weights.to(x.dtype), indices)

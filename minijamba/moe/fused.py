@@ -32,7 +32,7 @@ TILE, WARPS = 2048, 4
 # Bits -> choices an expert, up to which weights are read as stored. Beyond, other products are faster, also with the
 # time for unpacking.
 AS_STORED = {16: 16, 8: 256, 4: 128}
-FEW = 128  # choices that one program sorts
+SORTED = 128  # choices that one program sorts
 
 
 def mixture(
@@ -47,7 +47,7 @@ def mixture(
     packed = isinstance(gate, Packed)
     learns = torch.is_grad_enabled() and (not packed or x.requires_grad or weights.requires_grad)
     if not learns and not torch.compiler.is_compiling() and (packed or x.dtype == gate.dtype):
-        if indices.numel() <= _as_stored_up_to(gate) * len(gate):
+        if reads_as_stored(indices.numel(), len(gate), _bits(gate)):
             return _as_stored(x, weights, indices, gate, up, down, act)
         if packed:
             return _mixture(x.contiguous(), weights.contiguous(), indices, gate, up, down, act)[0]
@@ -57,8 +57,13 @@ def mixture(
     return _Mixture.apply(*arguments) if torch.is_grad_enabled() else _run(*arguments)[0]
 
 
-def _as_stored_up_to(stack: Tensor | Packed) -> int:
-    return AS_STORED[stack.bits if isinstance(stack, Packed) else 16]
+def reads_as_stored(choices: int, experts: int, bits: int) -> bool:
+    """Whether so few tokens meet the weights as they are stored, which asks nothing of the host."""
+    return choices <= AS_STORED[bits] * experts
+
+
+def _bits(stack: Tensor | Packed) -> int:
+    return stack.bits if isinstance(stack, Packed) else 16
 
 
 def _as_stored(
@@ -66,11 +71,11 @@ def _as_stored(
     act: str,
 ) -> Tensor:  # fmt: skip
     """For few tokens an expert: the weights are read once, as they are stored, and no other expert's. No gradient."""
-    k = indices.shape[1]
+    weights, indices, k = weights.contiguous(), indices.contiguous(), indices.shape[1]
     if len(indices) == 1:  # one token chooses no expert twice
         inner = product(x, gate, up, act, weights, chosen=indices, gather=k)
         return product(inner, down, chosen=indices, add=True)
-    order, place, ends = (sort if indices.numel() <= FEW else _sort)(indices, len(gate))
+    order, place, ends = (sort if indices.numel() <= SORTED else _sort)(indices, len(gate))
     inner = product(x, gate, up, act, weights, order, ends, gather=k)
     return _sum_rows([product(inner, down, ends=ends)], place)
 

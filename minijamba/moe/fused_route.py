@@ -31,7 +31,7 @@ def route(
 
 
 def sort(indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The function of `fused._sort`, for at most FEW choices."""
+    """The function of `fused._sort`, for at most SORTED choices."""
     order = torch.empty(indices.numel(), dtype=torch.int64, device=indices.device)
     place, ends = torch.empty_like(indices), torch.empty(experts, dtype=torch.int32, device=indices.device)
     _sort[1,](
@@ -72,7 +72,7 @@ def _route(
     score = tl.where(e < EXPERTS, score, -1)
     chosen, left = tl.zeros([PADDED], tl.int32), score
     for j in tl.static_range(K):
-        best = tl.argmax(left, 0, tie_break_left=True)
+        best = tl.minimum(tl.argmax(left, 0, tie_break_left=True), EXPERTS - 1)  # also where all are NaN
         tl.store(indices + token * K + j, best.to(tl.int64))
         chosen = tl.where(e == best, 1 + j, chosen)
         left = tl.where(e == best, -2, left)
