@@ -17,6 +17,7 @@ from minijamba import bench
 from minijamba.bench import apart, decode, load, prefill, programs, records, serving, summary, throughput
 from minijamba.bench.programs import OURS, TRANSFORMERS, VLLM, Job
 from minijamba.checkpoint import write_random
+from minijamba.generate import CHUNK
 from minijamba.packed_files import in_memory
 from minijamba.quantize import SCHEMES
 from minijamba.testing import assert_rejects
@@ -412,7 +413,8 @@ def test_longest_contexts_are_computed_in_the_same_memory(through):
     def check(gib):
         found = {(row["model"], row["quantize"]): row["context"] for row in through["rows"] if "computed" in row}
         for (model, scheme), context in found.items():
-            assert context == mj.budget(mj.preset(model), quantize=scheme, kernels=True).max_context(int(gib * 2**30))
+            plan = mj.budget(mj.preset(model), quantize=scheme, chunk=CHUNK, kernels=True)
+            assert context == plan.max_context(int(gib * 2**30))
         llama = [("llama-2-70b", scheme) for scheme in ("int8", "int8-all", "int4-all")]
         assert list(found) == [("tiny", "int8-all"), *llama]
 
