@@ -109,7 +109,7 @@ class _Need(NamedTuple):
 
     what: str
     dtype: torch.dtype
-    bytes: int  # of the weights with one tensor beside them
+    bytes: int  # of the weights, and of loading beside them
     free: int
     device: torch.device
     remedy: str
@@ -124,7 +124,7 @@ class _Need(NamedTuple):
 def _memory(
     config: JambaConfig, dtype: str | torch.dtype, quantize: str | None, device: torch.device, name, packed: bool
 ) -> _Need:  # fmt: skip
-    """What the weights need, with one tensor beside them; ValueError if that is more than is free."""
+    """What the weights need, and loading beside them; ValueError if that is more than is free."""
     dtype = _dtype(dtype, config.dtype, (*DTYPES, "float64"))
     largest = max(weight.size * _dtype_in_memory(weight.name, dtype).itemsize for weight in weights(config))
     beside = max(largest, BESIDE) if device.type == "cuda" and largest > BLOCK else largest
@@ -133,9 +133,9 @@ def _memory(
     remedy = f"use {', '.join([*smaller, 'a dtype of fewer bits'])} or a device with more memory"
     if packed:
         remedy = "use a device with more memory, or convert the checkpoint that it was made from to fewer bits"
-    packed = f" and {quantize}" if quantize else ""
+    what = f"{name} in {_name(dtype)}" + (f" and {quantize}" if quantize else "")
     free = available_memory(device)
-    need = _Need(f"{name} in {_name(dtype)}{packed}", dtype, sizes[quantize], free, device, remedy)
+    need = _Need(what, dtype, sizes[quantize], free, device, remedy)
     refuse_if_too_large(need.bytes, device, need.what, remedy)
     return need
 

@@ -31,7 +31,7 @@ LEAST = 2**16  # bytes, below which a block costs more than its content
 THREADS = 16  # at most; one does not reach the speed of a fast disk
 JOINED = 4  # blocks that a GPU packs at a time
 ON_DEVICE = 3  # buffers of so many blocks that it holds beside the model
-BESIDE = 3 * 2**28  # bytes, the most that buffers and packing take on a GPU
+BESIDE = 2**31  # bytes that are set aside on a GPU for buffers and packing
 
 
 @dataclass

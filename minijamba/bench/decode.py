@@ -49,7 +49,7 @@ def figures(program: Program, job: Job, tokens: Tensor) -> dict:
     row = {**step, "new": job.new, "tokens_per_second": len(tokens) / step["seconds"]}
     if program.model is not None:
         distinct = distinct_experts(program.model, tokens, job.kv)
-        # Of the steps between the two calls, the first sees new + 1 tokens behind the prompt and the last 2 new.
+        # Of the steps that are timed, the first sees new + 1 tokens behind the prompt and the last 2 new.
         least = step_bytes(program.model, len(tokens), tokens.shape[1] + (3 * job.new + 1) // 2, distinct, job.kv)
         row |= {"bytes": least, "distinct_experts": distinct}
         row["roofline"] = least / job.card["read_bytes_per_second"] / step["seconds"]

@@ -36,14 +36,14 @@ LINES = [
         for batch in (1, 4, 16, 64)
     ),
     ("decode", {"batch": 1, "context": 1024}, "batch 1: % of the speed at which memory can be read", ROOF),
-    ("decode", {"batch": 16, "context": 1024}, "batch 16: %", ROOF),
+    ("decode", {"batch": 16, "context": 1024}, "batch 16: % of that speed", ROOF),
     ("decode", {"batch": 1, "context": 262144}, "written a second after 262,144 tokens", speed),
-    ("decode", {"batch": 1, "context": 262144, "kv": "int8"}, "with keys and values in int8", speed),
+    ("decode", {"batch": 1, "context": 262144, "kv": "int8"}, "the same with keys and values in int8", speed),
     *(("prefill", {"batch": 1, "context": t}, f"read a second, prompt of {t:,}", speed) for t in CONTEXTS),
     ("decode", {"batch": 1, "context": 1024}, "GiB in use, batch 1, 1,024 tokens", LARGEST),
     ("decode", {"batch": 1, "context": 262144}, "GiB in use, batch 1, 262,144 tokens", LARGEST),
     ("prefill", {"measure": LONGEST}, "longest context that ran, tokens", number("context")),
-    ("load", {"measure": "load"}, "loading the files, seconds", number("load_seconds", digits=1)),
+    ("load", {"measure": "load"}, "loading the files ({file_system}), seconds", number("load_seconds", digits=1)),
     ("load", {"measure": "load"}, "times the reading of the files alone", number("times_reading", digits=2)),
     ("load", {"measure": "load, cached files"}, "loading cached files, seconds", number("load_seconds", digits=1)),
     ("agreement", {"measure": AGREEMENT}, "error of the logits, %", number("error", 0.01, 1)),
@@ -52,13 +52,18 @@ LINES = [
 
 
 def jamba_table() -> str:
-    """In Markdown, from the records in data/measurements: lines of which nothing was recorded are left out."""
-    records = {name: _record(name) for name in dict.fromkeys(name for name, *_ in LINES)}
-    shown = [_line(records[name].get("rows", []), *line) for name, *line in LINES]
-    devices = dict.fromkeys(record["device"] for record in records.values() if record)
-    head = ", ".join([MODEL, "random weights", *devices])
-    titles = [head, *(name if side != OURS else f"minijamba, {name}" for name, (side, _) in COLUMNS.items())]
-    return "\n".join(["| " + " | ".join(titles) + " |", "|---|" + "---:|" * len(COLUMNS), *filter(None, shown)])
+    """In Markdown, from the records in data/measurements: lines and columns without a figure are left out."""
+    records = {name: record for name in dict.fromkeys(name for name, *_ in LINES) if (record := _record(name))}
+    devices = dict.fromkeys(record["device"] for record in records.values())
+    titles = [f"minijamba, {name}" if side == OURS else name for name, (side, _) in COLUMNS.items()]
+    lines = [[", ".join([MODEL, "random weights", *devices]), *titles]]
+    for name, wanted, label, write in LINES:
+        cells = _cells(records[name]["rows"], wanted, write) if name in records else []
+        if any(cells):
+            lines.append([label.format(**records[name]), *cells])
+    kept = [i for i, (_, *cells) in enumerate(zip(*lines, strict=True)) if any(cells)]
+    first, *others = ("| " + " | ".join(line[i] for i in kept) + " |" for line in lines)
+    return "\n".join([first, "|---|" + "---:|" * (len(kept) - 1), *others])
 
 
 def _record(name: str) -> dict:
@@ -66,13 +71,14 @@ def _record(name: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _line(rows: list[dict], wanted: dict, label: str, write: Callable[[dict], str]) -> str | None:
+def _cells(rows: list[dict], wanted: dict, write: Callable[[dict], str]) -> list[str]:
+    """A figure for each of the COLUMNS, empty where nothing was recorded."""
     wanted = {"kv": None} | wanted
     cells = []
     for side, quantize in COLUMNS.values():
         own = [row for row in rows if (row["side"], row["quantize"]) == (side, quantize) and _is(row, wanted)]
-        cells.append("" if not own else write(own[0]) if "failed" not in own[0] else own[0]["failed"])
-    return "| " + " | ".join([label, *cells]) + " |" if any(cells) else None
+        cells.append("" if not own else own[0].get("failed") or write(own[0]))
+    return cells
 
 
 def _is(row: dict, wanted: dict) -> bool:
