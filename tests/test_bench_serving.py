@@ -617,7 +617,7 @@ def test_vllm_is_asked_for_the_same_with_a_share_of_the_card(monkeypatch):
 
 
 def test_a_limit_counts_the_context_and_peaks_do_too(monkeypatch):
-    """Of 100 GiB, 2 are in use by the context; 30 GiB for the process leave 28 to the allocator."""
+    """Of 100 GiB, 2 are in use by the context and 1 waits for kernels; 31 GiB leave 28 to the allocator."""
     shares, gib = [], 2**30
     made = {"mem_get_info": lambda device: (97 * gib, 100 * gib), "memory_reserved": lambda device: gib}
     made |= {"max_memory_reserved": lambda device: 9 * gib, "empty_cache": lambda: None}
@@ -626,15 +626,17 @@ def test_a_limit_counts_the_context_and_peaks_do_too(monkeypatch):
     for name, function in made.items():
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(torch, "ones", lambda *shape, **options: torch.zeros(shape))
+    for module in (apart, throughput):
+        monkeypatch.setattr(module, "KERNELS", gib)
 
     def check(limit):
         shares.clear()
         memory = apart.Memory(torch.device("cuda", 0), limit)
         assert shares == [0.28] and memory.context == 2 * gib and memory.peak == 11 * gib
-        assert memory.room == 28 * gib
+        assert memory.room == 28 * gib == throughput._room(job(memory=limit, card={"context_bytes": 2 * gib}))
 
-    check(30)
-    assert_rejects(check, 28)
+    check(31)
+    assert_rejects(check, 30)
     with pytest.raises(ValueError, match="less than what is in use"):
         apart.Memory(torch.device("cuda", 0), 1)
 

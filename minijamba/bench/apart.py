@@ -13,6 +13,7 @@ import torch
 PATIENCE = 1200.0  # seconds without a word, after which the process is ended
 FAREWELL = 30.0  # seconds that it has to end by itself after its last word
 NO_ROOM = "out of memory"
+KERNELS = 2**28  # bytes of a GPU that are set aside for kernels: they load with their first call, past the allocator
 
 
 class Broke(Exception):
@@ -83,7 +84,7 @@ def say(text: str) -> None:
 
 
 class Memory:
-    """A process's memory on a device: on a GPU limited to `gib` GiB in all, the CUDA context counted.
+    """A process's memory on a device: on a GPU limited to `gib` GiB in all, the CUDA context and kernels counted.
 
     On a CPU, nothing limits it, and its highest use is that of the whole process.
     """
@@ -99,7 +100,7 @@ class Memory:
         del small
         torch.cuda.empty_cache()
         total = torch.cuda.mem_get_info(self.device)[1]
-        share = (self.bytes - self.context) / total
+        share = self._left / total
         if share <= 0:
             raise ValueError(f"{self.bytes:,} bytes are less than what is in use on {self.device} without a model")
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device)
@@ -113,12 +114,17 @@ class Memory:
         return total - free - torch.cuda.memory_reserved(self.device)
 
     @property
+    def _left(self) -> int:
+        """Bytes of the limit that the allocator may take."""
+        return self.bytes - self.context - (KERNELS if self.device.type == "cuda" else 0)
+
+    @property
     def room(self) -> int:
         """Bytes that a model and all beside it can take in an empty process."""
         from ..budget import available_memory
 
         free = available_memory(self.device)
-        return free if self.bytes is None else min(free, self.bytes - self.context)
+        return free if self.bytes is None else min(free, self._left)
 
     def start(self) -> None:
         """From now on `peak` counts; what earlier work left is given back."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..budget import budget
 from ..config import preset
 from ..generate import CHUNK
+from .apart import KERNELS
 from .prefill import limit_of
 from .programs import OURS, Job, Program
 from .serving import LONGEST, ServingPlan, bench_serving, one_device, repeated, seconds, summary
@@ -72,7 +73,12 @@ def longest_contexts(jobs: list[Job]) -> Iterator[dict]:
     for model, scheme in asked:
         config = preset(model)
         row = {"measure": LONGEST, "model": model, "quantize": scheme, "side": OURS, "dtype": config.dtype}
-        room = jobs[0].memory * 2**30 - jobs[0].card.get("context_bytes", 0)
-        context = limit_of(budget(config, quantize=scheme, chunk=CHUNK, kernels=True), int(room))
+        context = limit_of(budget(config, quantize=scheme, chunk=CHUNK, kernels=True), _room(jobs[0]))
         if context:
             yield {**row, "memory": jobs[0].memory, "batch": 1, "context": context, "computed": True}
+
+
+def _room(job: Job) -> int:
+    """Bytes of the job's memory that a model and its caches can take, as `Memory.room` in its own process."""
+    beside = job.card["context_bytes"] + KERNELS if "context_bytes" in job.card else 0
+    return int(job.memory * 2**30) - beside
