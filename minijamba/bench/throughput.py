@@ -21,7 +21,6 @@ from .serving import LONGEST, ServingPlan, bench_serving, one_device, repeated, 
 COMPARED = "llama-2-70b"  # Figure 2's third model
 FIGURE_3A = [(batch, 8192) for batch in (1, 2, 4, 8, 16, 32, 64)]
 FIGURE_3B = [(1, context) for context in (32768, 131072, 262144)]
-WARM = 5  # new tokens of the call before the first that counts
 PLANS = {
     "cuda": ServingPlan(
         ["jamba-v0.1", "mixtral-8x7b"], ["int8-all"], FIGURE_3A + FIGURE_3B, [OURS], memory=79, repeats=1, new=512
@@ -41,7 +40,7 @@ def bench_throughput(device: str = "auto", **options) -> Path:
 
 def figures(program: Program, job: Job, tokens: Tensor) -> dict:
     """Of the call with all new tokens; its prefill is the time until the first has come, or that of a call with one."""
-    seconds(program, tokens, WARM)
+    seconds(program, tokens, job.new)  # may compile, also for the length of the caches
     until_first = []
 
     def call() -> float:
