@@ -250,8 +250,8 @@ def test_keys_of_eight_bits_and_the_plain_loop_have_rows_of_their_own(tmp_path):
 
 
 def test_a_text_that_parts_from_the_loop_is_counted_to_there():
-    model = programs.random_model(mj.preset("tiny"), "int8-all", CPU)
-    tokens = programs.random_tokens(model.config, 2, 5)
+    program = programs.ours(job(), apart.Memory(CPU))
+    tokens = programs.random_tokens(program.model.config, 2, 5)
 
     def check(same):
         def write(model, kv, tokens, new, graph=True):
@@ -261,7 +261,7 @@ def test_a_text_that_parts_from_the_loop_is_counted_to_there():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decode, "write_ours", write)
-            assert decode.beside_loop(model, job(), tokens)["same"] == same
+            assert decode.beside_loop(program, job(), tokens)["same"] == same
 
     check(7)
     assert_rejects(check, 512)
@@ -277,7 +277,13 @@ def test_a_moment_for_every_token(side):
         assert len(when) == 6 and when == sorted(when) and len(set(when)) == 6
 
     check(program.moments(tokens, 6))
-    assert_rejects(check, program.moments(tokens, 5))
+    check(program.loop(tokens, 6))
+    assert_rejects(check, program.moments(tokens, 5), program.loop(tokens, 5))
+
+
+def test_transformers_has_a_plain_loop_of_its_own():
+    _, row = serving.serve(job(side=TRANSFORMERS, quantize=None, loop=True))
+    assert set(row["loop"]) == {"seconds"} and row["loop"]["seconds"] > 0
 
 
 def test_what_takes_long_is_not_repeated():

@@ -96,6 +96,27 @@ def test_it_writes_python(model, tokenizer):
     assert sum(word in frequent for word in words) > 0.1 * len(words)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8-all"])
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=["greedy", "without repetitions"])
+def test_a_recorded_step_writes_the_text_of_the_plain_loop(tokenizer, quantize, options):
+    """512 tokens in bfloat16 on a GPU. Without one, both are the loop, and the text is short."""
+    on_gpu = torch.cuda.is_available()
+    device, dtype, new = ("cuda", "bfloat16", 512) if on_gpu else ("cpu", "float32", 64)
+    trained = load(device=device, dtype=dtype, quantize=quantize)
+    prompts = [[BOS, *tokenizer.encode(text)] for text in (PROMPT, "import os\n\n\ndef", "#")]
+
+    settings = {"max_new_tokens": new, "stop": ()} | options
+    loop = generate(trained, prompts, graph=False, **settings)
+
+    def check(texts):
+        assert torch.equal(texts, loop)
+
+    texts = generate(trained, prompts, **settings)
+    check(texts)
+    assert min(len(row.unique()) for row in texts) > (100 if on_gpu and options else 8)
+    assert_rejects(check, texts.roll(1, 0), texts.roll(1, 1))
+
+
 def test_the_card_says_what_the_record_says(model):
     card = (SHIPPED / "README.md").read_text(encoding="utf-8")
 

@@ -101,7 +101,7 @@ def _add_serving(verbs) -> None:
         verb.add_argument("--add", action="store_true", help="keep what the file has and this run does not measure")
         if name != "prefill":
             verb.add_argument("--new", type=int, metavar="N", help="tokens that are written")
-    verbs.choices["decode"].add_argument("--loop", action="store_true", help="also without a CUDA graph, step by step")
+    verbs.choices["decode"].add_argument("--loop", action="store_true", help="also step by step, without a CUDA graph")
     verbs.choices["prefill"].add_argument("--longest", action="store_true", help="also the longest context that runs")
     verbs.choices["prefill"].add_argument("--tries", type=int, default=2, metavar="N", help="of --longest (2)")
 

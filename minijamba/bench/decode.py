@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,8 +52,8 @@ def figures(program: Program, job: Job, tokens: Tensor) -> dict:
         least = step_bytes(program.model, len(tokens), tokens.shape[1] + (3 * job.new + 1) // 2, distinct, job.kv)
         row |= {"bytes": least, "distinct_experts": distinct}
         row["roofline"] = least / job.card["read_bytes_per_second"] / step["seconds"]
-        if job.loop:
-            row["loop"] = beside_loop(program.model, job, tokens)
+    if job.loop and program.loop is not None:
+        row["loop"] = beside_loop(program, job, tokens)
     return row
 
 
@@ -67,15 +66,17 @@ def _step_seconds(program: Program, tokens: Tensor, new: int) -> float:
     return (when[many - 1] - when[few - 1]) / new
 
 
-def beside_loop(model: Jamba, job: Job, tokens: Tensor) -> dict:
-    """The same steps launched one by one: seconds a step, and how many of a row's first tokens are those of the graph.
+def beside_loop(program: Program, job: Job, tokens: Tensor) -> dict:
+    """Seconds a step of the program's plain loop, and of ours how many of a row's first tokens are those of the graph.
 
     new: tokens that both wrote in each row;  same: before the first difference, in the row where it comes first.
     """
-    loop = Program(partial(write_ours, model, job.kv, graph=False))
-    alike = write_ours(model, job.kv, tokens, LOOPED) == loop.write(tokens, LOOPED)
-    same = int(alike.long().cumprod(-1).sum(-1).min())
-    return {"seconds": _step_seconds(loop, tokens, job.new), "new": LOOPED, "same": same}
+    found = {"seconds": _step_seconds(program._replace(moments=program.loop), tokens, job.new)}
+    if program.model is None:
+        return found
+    graph, loop = (write_ours(program.model, job.kv, tokens, LOOPED, graph=graph) for graph in (True, False))
+    same = int((graph == loop).long().cumprod(-1).sum(-1).min())
+    return found | {"new": LOOPED, "same": same}
 
 
 def step_bytes(model: Jamba, batch: int, context: int, distinct: list[float], kv: str | None = None) -> int:

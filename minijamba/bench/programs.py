@@ -46,7 +46,7 @@ class Job:
     cases:   pairs of batch and context.
     memory:  GiB that a GPU's process may take in all; it does not hold for weights that are not packed.
     new:     tokens, as `figures` understands it;  longest: the most that it asks for after a prompt.
-    kv:      how ours keeps keys and values, as in `generate`;  loop: whether ours also runs without a CUDA graph.
+    kv:      how ours keeps keys and values, as in `generate`;  loop: whether a program also runs as its `loop`.
     card:    the rates of `rates`.
     """
 
@@ -79,12 +79,15 @@ class Program(NamedTuple):
 
     write:   (tokens (b, t), new) writes so many tokens after each prompt, and returns when they are written.
     moments: the same, and returns when each token had come, in seconds of a clock; None where nothing tells.
+    loop:    the same as `moments`, in the plain way: ours without a CUDA graph, transformers' model called for each
+             token, with the cache that it returns.
     model:   ours.
     facts:   for each row.
     """
 
     write: Callable[[Tensor, int], object]
     moments: Callable[[Tensor, int], list[float]] | None = None
+    loop: Callable[[Tensor, int], list[float]] | None = None
     model: Jamba | None = None
     facts: dict = {}
 
@@ -124,12 +127,12 @@ def ours(job: Job, memory: Memory) -> Program:
     refuse_beyond(memory.room, job.config, job.quantize)
     model = random_model(job.config, job.quantize, job.device)
 
-    def moments(tokens: Tensor, new: int) -> list[float]:
+    def moments(tokens: Tensor, new: int, **options) -> list[float]:
         when = []
-        write_ours(model, job.kv, tokens, new, stream=lambda chosen: when.append(time.perf_counter()))
+        write_ours(model, job.kv, tokens, new, stream=lambda chosen: when.append(time.perf_counter()), **options)
         return when
 
-    return Program(partial(write_ours, model, job.kv), moments, model)
+    return Program(partial(write_ours, model, job.kv), moments, partial(moments, graph=False), model)
 
 
 def write_ours(model: Jamba, kv: str | None, tokens: Tensor, new: int, **options) -> Tensor:
@@ -163,10 +166,20 @@ def transformers(job: Job, memory: Memory) -> Program:
         write(tokens, new, streamer=come)
         return when[1:]  # the prompt comes first
 
+    @torch.inference_mode()
+    def loop(tokens: Tensor, new: int) -> list[float]:
+        when, cache, step = [], None, tokens.to(job.device)
+        for _ in range(new):
+            made = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, step = made.past_key_values, made.logits.argmax(-1)
+            step.tolist()  # as `generate`, which looks at each token
+            when.append(time.perf_counter())
+        return when
+
     _, functions = watch(lambda: write(random_tokens(job.config, 1, 32), 2))
     if wanted and {function.split(".")[0] for function in functions} != set(wanted):
         raise ImportError(f"it ran without the kernels of {' and '.join(wanted)}")
-    return Program(write, moments, facts={"functions": functions} if functions else {})
+    return Program(write, moments, loop, facts={"functions": functions} if functions else {})
 
 
 @torch.no_grad()
