@@ -298,7 +298,8 @@ class Budget:
                              min(T c n, max(2^20, 16 b c n)) float32
             attention        T (3 d + 3 h p), T 4 h p float32 for rotary positions, and the mask: T context bool and as
                              many values; kernels in half precision need none, but T 2 h p float32 for sums, unless
-                             rows are of different lengths or a window is shorter than the context
+                             rows are of different lengths, a window is shorter than the context, or a head is wider
+                             than 128 or no multiple of 8
             keys, values     in 8 bits: those of a layer, unpacked
             MLP              T 3 f
             MoE              T (5 k d + 3 f), and T 2 e float32: every token may choose the same expert; kernels, which
@@ -313,7 +314,8 @@ class Budget:
         k, e = config.num_experts_per_tok, config.num_experts
         turned = 0 if config.rope_theta is None else 4 * width * max(4, size)
         windowed = config.sliding_window is not None and config.sliding_window < self.context
-        masked = self.ragged or windowed or not (self.kernels and size == 2)
+        pieces = self.kernels and size == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
+        masked = self.ragged or windowed or not pieces
         mask = self.context * (1 + size) if masked else 2 * width * 4
         heads = config.num_key_value_heads * config.head_dim
         unpacked = 0 if self.kv is None else 2 * self.batch * self.context * heads

@@ -27,7 +27,7 @@ from .quantize import SCHEMES, PackedWeight, scheme
 from .random_weights import random_weight
 from .rungs import find_device
 from .stored import CONFIG, FLOATS, INDEX, Stored, check_shapes, listed, matching, read_headers
-from .stream import BESIDE, BLOCK, LoadReport, Place, fill
+from .stream import BESIDE, BLOCK, LoadReport, Place, block_bytes, fill
 from .writing import CHECKSUMS, COMPANIONS, WEIGHTS, Output, bar, companions_of, write_checkpoint
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -126,13 +126,18 @@ def _memory(
 ) -> _Need:  # fmt: skip
     """What the weights need, and loading beside them; ValueError if that is more than is free."""
     dtype = _dtype(dtype, config.dtype, (*DTYPES, "float64"))
-    largest = max(weight.size * _dtype_in_memory(weight.name, dtype).itemsize for weight in weights(config))
-    beside = max(largest, BESIDE) if device.type == "cuda" and largest > BLOCK else largest
+    beside = max(weight.size * _dtype_in_memory(weight.name, dtype).itemsize for weight in weights(config))
+    if device.type == "cuda":
+        block = BLOCK if packed else block_bytes(max(weight.size for weight in weights(config)) * 4)
+        beside = max(beside, BESIDE * block // BLOCK)
     sizes = {q: budget(config, quantize=q, dtype=dtype).weight_bytes + beside for q in (None, *SCHEMES)}
     smaller = [f"quantize={q!r} ({readable(size)})" for q, size in sizes.items() if size < sizes[quantize]]
-    remedy = f"use {', '.join([*smaller, 'a dtype of fewer bits'])} or a device with more memory"
+    remedy = "use a device with more memory"
+    choices = [*smaller, *(["a dtype of fewer bits"] if dtype.itemsize > 2 else [])]
     if packed:
-        remedy = "use a device with more memory, or convert the checkpoint that it was made from to fewer bits"
+        remedy += ", or convert the checkpoint that it was made from to fewer bits" if smaller else ""
+    elif choices:
+        remedy = f"use {', '.join(choices)} or a device with more memory"
     what = f"{name} in {_name(dtype)}" + (f" and {quantize}" if quantize else "")
     free = available_memory(device)
     need = _Need(what, dtype, sizes[quantize], free, device, remedy)

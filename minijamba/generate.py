@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .budget import budget, refuse_if_too_large
 from .cache import Cache
-from .model import Jamba, check_tokens
+from .model import Jamba, check_cache, check_tokens
 from .moe import Experts, waits_for_host
 from .quantize import PackedWeight
-from .rungs import kernels_in_force, why_no_kernels
+from .rungs import kernels_in_force
 
 CHUNK = 16384  # tokens of prompt that a GPU reads at once
 AHEAD = 3  # steps
@@ -64,10 +64,12 @@ def generate(
     _check_options(max_new_tokens, temperature, top_k, top_p, repetition_penalty, chunk)
     batch = len(tokens)
     context = tokens.shape[1] + max_new_tokens + (0 if cache is None else cache.filled)
-    _refuse_beyond_memory(model, context, batch, chunk, kv, cache, ragged=not bool(mask.all()))
     reused = cache is not None
-    if reused and kv not in (None, cache.kv):
-        raise ValueError(f"kv is {kv!r}, but the cache that is given keeps its own kind, {cache.kv!r}: leave kv out")
+    if reused:
+        check_cache(model, cache, batch)
+        if kv not in (None, cache.kv):
+            raise ValueError(f"kv is {kv!r}, but the given cache keeps its own kind, {cache.kv!r}: leave kv out")
+    _refuse_beyond_memory(model, context, batch, chunk, kv, cache, ragged=not bool(mask.all()))
     cache = cache if reused else model.new_cache(batch, kv=kv)
     cache.reserve(context)
     logits = _prefill(model, tokens, mask, cache, chunk, progress)
@@ -220,7 +222,8 @@ def sample(
     """One token for every row: logits (b, v) -> (b,) int64. Arguments as in `generate`."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
+    logits = logits.float()
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         ranked[:, top_k:] = 0
@@ -294,19 +297,25 @@ def _stops(model: Jamba, stop: int | Sequence[int] | None) -> list[int]:
 def _refuse_beyond_memory(
     model: Jamba, context: int, batch: int, chunk: int, kv: str | None, cache: Cache | None, ragged: bool
 ) -> None:  # fmt: skip
-    held = 0 if cache is None else cache.nbytes
+    if cache is not None:
+        kv, ragged = cache.kv, ragged or cache.ragged or cache.documents is not None  # these need a mask
     plan = budget(
         model.config,
         context=context,
         batch=batch,
         dtype=model.dtype,
         chunk=chunk,
-        kv=kv if cache is None else cache.kv,
-        ragged=ragged or (cache is not None and cache.ragged),
-        kernels=why_no_kernels(model.device) is None,
+        kv=kv,
+        ragged=ragged,
+        kernels=kernels_in_force(model.device),
     )
-    what = f"the cache of {batch} sequences of {context:,} tokens"
-    refuse_if_too_large(max(0, plan.working_bytes - held), model.device, what)
+    caches = plan.kv_bytes + plan.state_bytes
+    held = 0 if cache is None else min(cache.nbytes, caches)
+    what = f"{batch} x {context:,} tokens, {chunk:,} of a prompt at a time,"
+    smaller = ["a smaller chunk"] if chunk > 1 else []
+    smaller += ['kv="int8"'] if cache is None and kv is None else []
+    remedy = f"use {', '.join([*smaller, 'a shorter context', 'a smaller batch'])} or a device with more memory"
+    refuse_if_too_large(plan.working_bytes - held, model.device, what, remedy)
 
 
 def _check_options(
@@ -319,10 +328,10 @@ def _check_options(
 ) -> None:
     wrong = {
         "max_new_tokens": (max_new_tokens, max_new_tokens < 0, "0 or more"),
-        "temperature": (temperature, temperature < 0, "0 or more"),
+        "temperature": (temperature, not temperature >= 0, "0 or more"),  # so NaN is wrong too
         "top_k": (top_k, top_k is not None and top_k < 1, "at least 1"),
         "top_p": (top_p, top_p is not None and not 0 < top_p <= 1, "above 0 and at most 1"),
-        "repetition_penalty": (repetition_penalty, repetition_penalty <= 0, "above 0"),
+        "repetition_penalty": (repetition_penalty, not repetition_penalty > 0, "above 0"),
         "chunk": (chunk, chunk < 1, "at least 1"),
     }
     for name, (value, bad, wanted) in wrong.items():

@@ -182,13 +182,13 @@ def _check(model: Jamba, tokens: Tensor, cache: Cache | None, mask: Tensor | Non
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, True for real tokens, not {mask.dtype}: pass mask.bool()")
     if cache is not None:
-        _check_cache(model, cache, len(tokens))
+        check_cache(model, cache, len(tokens))
     # On a GPU this look would wait for the device at every step; `generate` looks once.
     if tokens.device.type == "cpu":
         check_tokens(model.config, tokens)
 
 
-def _check_cache(model: Jamba, cache: Cache, batch: int) -> None:
+def check_cache(model: Jamba, cache: Cache, batch: int) -> None:
     if len(cache.lengths) != batch:
         raise ValueError(f"the cache holds {len(cache.lengths)} sequences and tokens has {batch} rows")
     if cache.config != model.config:

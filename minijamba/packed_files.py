@@ -169,6 +169,7 @@ def read_checksums(folder: Path, stored: dict[str, Stored]) -> Checksums:
         block, sums = values["block_bytes"], values["crc32"]
         whole = type(block) is int and block > 0 and block % 8 == 0
         whole = whole and all(len(sums[name]) == -(-tensor.nbytes // block) for name, tensor in stored.items())
+        whole = whole and all(isinstance(one, str) for name in stored for one in sums[name])
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:

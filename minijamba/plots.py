@@ -364,7 +364,7 @@ def stacked(names, parts: dict, xlabel: str, marks: dict | None = None, mark: st
     """
     names, marks = list(names), marks or {}
     axes = _axes(width=7.6, height=1.2 + 0.4 * len(names), xlabel=xlabel)
-    ends, free = np.zeros(len(names)), iter(("#56B4E9", "#7A7A7A", "#CC79A7", "#000000"))
+    ends, free = np.zeros(len(names)), itertools.cycle(("#56B4E9", "#7A7A7A", "#CC79A7", "#000000"))
     for part, values in parts.items():
         axes.barh(names, values, 0.62, left=ends, color=component_colour(part) or next(free), label=part)
         ends = ends + np.asarray(values, float)

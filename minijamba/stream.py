@@ -31,7 +31,7 @@ LEAST = 2**16  # bytes, below which a block costs more than its content
 THREADS = 16  # at most; one does not reach the speed of a fast disk
 JOINED = 4  # blocks that a GPU packs at a time
 ON_DEVICE = 3  # buffers of so many blocks that it holds beside the model
-BESIDE = 2**31  # bytes that are set aside on a GPU for buffers and packing
+BESIDE = 2**31  # bytes that are set aside on a GPU for buffers and packing of blocks of BLOCK bytes
 
 
 @dataclass
@@ -111,6 +111,11 @@ def read_threads() -> int:
     return max(2, min(THREADS, cores))
 
 
+def block_bytes(largest: int) -> int:
+    """Of the blocks in which tensors are read, the largest of which has so many bytes: all threads have some."""
+    return min(BLOCK, max(LEAST, largest // (2 * read_threads())))
+
+
 def fill(
     places: dict[str, Place], stored: dict[str, Stored], device: torch.device, report: LoadReport,
     checksums: Checksums | None = None, advance=lambda nbytes: None,
@@ -121,7 +126,7 @@ def fill(
     """
     order = sorted(places, key=lambda name: (stored[name].file, stored[name].begin))
     largest = max((stored[name].nbytes for name in order), default=0)
-    size = min(BLOCK, max(LEAST, largest // (2 * read_threads())))
+    size = block_bytes(largest)
     plan = [
         block for name in order for block in _blocks(name, stored[name], size, places[name], device, checksums)
     ]  # fmt: skip

@@ -595,7 +595,8 @@ def test_the_command_is_recorded_without_where_the_record_went():
         check([*words[:2], f"{option}=there", *words[2:]])
     check([*words, "--output", "a", "--commit", "b"])
     assert_rejects(check, [*words, "--device", "cpu"], ["--output", *words], words[1:])
-    assert records._command(["bench", "load", "--model", "here/or/there"]) == "minijamba bench load --model there"
+    for model in (["--model", "here/or/there"], ["--model=here/or/there"]):
+        assert records._command(["bench", "load", *model]) == "minijamba bench load --model there"
 
 
 def test_the_records_of_components_in_the_repository_can_be_shown():

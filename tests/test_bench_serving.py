@@ -639,7 +639,9 @@ def test_a_limit_counts_the_context_and_peaks_do_too(monkeypatch):
         shares.clear()
         memory = apart.Memory(torch.device("cuda", 0), limit)
         assert shares == [0.28] and memory.context == 2 * gib and memory.peak == 11 * gib
-        assert memory.room == 28 * gib == throughput._room(job(memory=limit, card={"context_bytes": 2 * gib}))
+        card = {"context_bytes": 2 * gib, "free_bytes": 97 * gib}
+        assert memory.room == 28 * gib == throughput._room(job(memory=limit, card=card))
+        assert throughput._room(job(memory=200, card=card)) == 97 * gib
 
     check(31)
     assert_rejects(check, 30)

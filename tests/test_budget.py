@@ -358,6 +358,20 @@ def test_kernels_take_a_mask_where_rows_differ_or_a_window_ends():
     assert_rejects(lambda mask: check(mask, ragged=True), 0)
 
 
+@pytest.mark.parametrize(("width", "heads"), [(4000, 40), (4096, 32), (4096, 16)])
+def test_kernels_take_a_mask_for_heads_of_unusual_widths(width, heads):
+    """100, 128 and 256 numbers a head."""
+    config = preset("mistral-7b", sliding_window=None, hidden_size=width, num_attention_heads=heads)
+    plan = {"context": 32768, "dtype": "bfloat16", "chunk": 1024, "kernels": True}
+
+    def check(usual):
+        same = budget(config, **plan).activation_bytes == budget(config, ragged=True, **plan).activation_bytes
+        assert same != usual
+
+    check(heads == 32)
+    assert_rejects(check, heads != 32)
+
+
 def test_int4_groups_of_64_in_blocks_of_256():
     config = preset("tiny", hidden_size=128, intermediate_size=260)
     gate_row, down_row = 256 // 2 + 2 * 4, 512 // 2 + 2 * 8

@@ -1,6 +1,7 @@
 """Generation against its definition: the whole prompt again for each token."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -250,6 +251,63 @@ def test_a_recorded_step_writes_what_the_loop_writes(hybrid, long_memory, monkey
     assert_rejects(check, write(()))
 
 
+@pytest.fixture
+def asked(model, monkeypatch):
+    """Bytes that `generate` asks for when it continues a cache by 200 tokens of a prompt and 2 new ones."""
+    module, needs = import_module("minijamba.generate"), []
+    monkeypatch.setattr(module, "refuse_if_too_large", lambda need, *_: needs.append(need))
+
+    def ask(model, cache):
+        generate(model, [3] * 200, max_new_tokens=2, stop=(), cache=cache)
+        return needs[-1]
+
+    return ask
+
+
+@pytest.mark.parametrize("kv", [None, "int8"])
+def test_memory_is_asked_for_what_comes_on_top_of_a_cache(model, asked, kv):
+    plan = mj.budget(model.config, context=202, dtype=model.dtype, kv=kv)
+
+    def check(capacity, expected):
+        cache = model.new_cache(1, capacity=capacity, kv=kv)
+        assert asked(model, cache) == expected
+
+    for capacity in (202, 100_000):
+        check(capacity, plan.activation_bytes)
+        assert_rejects(lambda need, capacity=capacity: check(capacity, need), 0, plan.working_bytes)
+
+
+def test_memory_is_asked_for_masks_and_for_the_rung_in_force(model, asked, monkeypatch):
+    """Caches with documents or rows of different lengths need masks; `use_rung` switches kernels off."""
+    module, plans = import_module("minijamba.generate"), []
+    monkeypatch.setattr(module, "budget", lambda *_, **plan: plans.append(plan) or mj.budget(*_, **plan))
+    monkeypatch.setattr(import_module("minijamba.rungs"), "why_no_kernels", lambda device: None)
+
+    def check(ragged, kernels, rung="auto", **packed):
+        cache = model.new_cache(2)
+        with use_rung("parallel"):
+            model(torch.tensor([[3, 4, 5, 6]] * 2), cache=cache, **packed)
+        with use_rung(rung):
+            module._refuse_beyond_memory(model, 206, 2, 100, None, cache, ragged=False)
+        assert (plans[-1]["ragged"], plans[-1]["kernels"]) == (ragged, kernels)
+
+    documents, padding = torch.tensor([[0, 0, 1, 1]] * 2), torch.ones(2, 4, dtype=torch.bool)
+    padding[0, 0] = False
+    check(False, True)
+    check(False, False, "parallel")
+    check(True, True, segments=documents)
+    check(True, True, mask=padding)
+    assert_rejects(lambda ragged: check(ragged, True, segments=documents), False)
+    assert_rejects(lambda kernels: check(False, kernels, "naive"), True)
+
+
+def test_a_cache_that_is_refused_stays_as_it_was(model):
+    for cache in (model.new_cache(2), mj.Jamba(replace(model.config, num_hidden_layers=2)).double().new_cache(1)):
+        with pytest.raises(ValueError, match="sequences|another configuration"):
+            generate(model, [3] * 200, cache=cache)
+        assert cache.nbytes == mj.Jamba(cache.config).double().new_cache(len(cache.lengths)).nbytes
+
+
 def test_no_new_tokens(model):
     cache = model.new_cache()
     assert generate(model, [5, 6], max_new_tokens=0, cache=cache).shape == (1, 0)
@@ -287,6 +345,7 @@ def test_sampling_follows_the_probabilities():
         # 20,000 draws: a share deviates by 0.0035 (one standard deviation) at most.
         assert (shares(logits, **options) - torch.as_tensor(expected)).abs().max() < 0.015, options
     assert sample(logits[None]).item() == 1
+    assert sample(logits[None], temperature=1e-42).item() == 1, "however low, a temperature draws the likeliest"
 
 
 def test_repetition_penalty_equals_transformers():
@@ -319,10 +378,12 @@ def test_a_strong_penalty_forbids_repetition(model):
         ([3], {"top_p": 0.0}, "top_p is 0.0"),
         ([3], {"top_p": 1.1}, "top_p is 1.1"),
         ([3], {"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ([3], {"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
+        ([3], {"temperature": float("nan")}, "temperature is nan"),
         ([3], {"chunk": 0}, "chunk is 0"),
         ([3], {"mask": torch.ones(1, 1)}, "padded for you"),
         (torch.tensor([[3]]), {"mask": torch.ones(1, 2)}, "shape of tokens"),
-        ([3], {"max_new_tokens": 10**12}, "GiB free"),
+        ([3], {"max_new_tokens": 10**12}, "GiB free: use a smaller chunk, kv=\"int8\", a shorter context"),
         ([3], {"kv": "int4"}, "kv is 'int4'"),
     ],
 )

@@ -312,6 +312,10 @@ DAMAGES = {
     "a tensor without checksums": (
         lambda f: edit(f / "checksums.json", lambda v: v["crc32"].pop("lm_head.weight.scales")), ["checksums.json is"],
     ),
+    "nothing in place of checksums": (
+        lambda f: edit(f / "checksums.json", lambda v: [sums.__setitem__(0, None) for sums in v["crc32"].values()]),
+        ["checksums.json is absent, damaged"],
+    ),
     "a block of another length": (
         lambda f: edit(f / "checksums.json", lambda v: v.update(block_bytes=64)), ["checksums.json is absent, damaged"],
     ),
@@ -352,8 +356,17 @@ def test_what_is_wrong_is_refused(packed, case):
 def test_no_remedy_that_would_be_refused(packed, monkeypatch):
     monkeypatch.setattr(import_module("minijamba.budget"), "available_memory", lambda device: 1000)
     said = refusal(mj.load, packed, "cpu")
-    assert_names(said, ["more memory", "convert the checkpoint that it was made from"])
-    assert "quantize=" not in said
+    assert_names(said, ["more memory"])
+    assert "quantize=" not in said and "convert" not in said, "4 bits would take more: groups are filled up"
+
+    def large(scheme, packed):
+        return refusal(
+            checkpoint._memory, mj.preset("jamba-v0.1"), "bfloat16", scheme, torch.device("cpu"), "it", packed
+        )
+
+    assert_names(large("int8-all", True), ["more memory, or convert the checkpoint that it was made from"])
+    assert "convert" not in large("int4-all", True)
+    assert large("int4-all", False).endswith("free: use a device with more memory")
 
 
 def test_what_is_packed_together_does_not_wait(make, tmp_path, monkeypatch):
@@ -382,6 +395,39 @@ def test_what_is_packed_together_does_not_wait(make, tmp_path, monkeypatch):
 
     check(writing._aligned)
     assert_rejects(check, lambda outputs: sorted(outputs, key=lambda output: -output.dtype.itemsize))
+
+
+def test_every_tensor_starts_at_a_multiple_of_its_itemsize(tmp_path, monkeypatch):
+    narrow = writing.Output("narrow", torch.bfloat16, (3,), lambda: torch.ones(3))
+    wide = writing.Output("wide", torch.float32, (2,), lambda: torch.ones(2))
+
+    def check(ordered):
+        monkeypatch.setattr(writing, "_aligned", ordered)
+        writing.write_file(tmp_path / "file", [narrow, wide], lambda *_: None)
+        content = (tmp_path / "file").read_bytes()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        assert all(header[output.name]["data_offsets"][0] % output.dtype.itemsize == 0 for output in (narrow, wide))
+
+    check(writing._aligned)
+    assert_rejects(check, lambda outputs: outputs)
+
+
+def test_what_a_gpu_sets_aside_grows_with_the_blocks(monkeypatch):
+    """Beside the weights: 128 blocks, which are smaller for a small model, at least the largest tensor."""
+    for module in (checkpoint, import_module("minijamba.budget")):
+        monkeypatch.setattr(module, "available_memory", lambda device: 2**40)
+    monkeypatch.setattr(stream, "read_threads", lambda: 16)
+
+    def beside(name, packed=False):
+        need = checkpoint._memory(mj.preset(name), "bfloat16", None, torch.device("cuda"), name, packed)
+        return need.bytes - mj.budget(mj.preset(name), dtype="bfloat16").weight_bytes
+
+    def check(expected):
+        assert (beside("tiny"), beside("jamba-v0.1"), beside("tiny", packed=True)) == expected
+
+    check((128 * stream.LEAST, 2**31, 2**31))
+    assert 2**27 < beside("mamba-130m") < 2**30
+    assert_rejects(check, (0, 2**31, 2**31), (2**31, 2**31, 2**31), (128 * stream.LEAST, 0, 2**31))
 
 
 def test_schemes_do_not_mix(packed, make, tmp_path):

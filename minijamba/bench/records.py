@@ -74,10 +74,11 @@ def place(name: str) -> Path:
 def _command(arguments: list[str]) -> str:
     """As it would be given in the repository: where a file lies or was written says nothing about the figures in it."""
     where = ("--output", "--record", "--commit", "--keep")
+    arguments = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
     kept = [
         Path(word).name if before == "--model" else word
         for before, word in zip(["", *arguments], arguments, strict=False)
-        if before not in where and word.partition("=")[0] not in where
+        if before not in where and word not in where
     ]
     return shlex.join(["minijamba", *kept])
 

@@ -39,7 +39,10 @@ LINES = [
     ("decode", {"batch": 16, "context": 1024}, "batch 16: % of that speed", ROOF),
     ("decode", {"batch": 1, "context": 262144}, "written a second after 262,144 tokens", speed),
     ("decode", {"batch": 1, "context": 262144, "kv": "int8"}, "the same with keys and values in int8", speed),
-    *(("prefill", {"batch": 1, "context": t}, f"read a second, prompt of {t:,}", speed) for t in CONTEXTS),
+    *(
+        ("prefill", {"measure": "prefill", "batch": 1, "context": t}, f"read a second, prompt of {t:,}", speed)
+        for t in CONTEXTS
+    ),
     ("decode", {"batch": 1, "context": 1024}, "GiB in use, batch 1, 1,024 tokens", LARGEST),
     ("decode", {"batch": 1, "context": 262144}, "GiB in use, batch 1, 262,144 tokens", LARGEST),
     ("prefill", {"measure": LONGEST}, "longest context that ran, tokens", number("context")),

@@ -79,5 +79,7 @@ def longest_contexts(jobs: list[Job]) -> Iterator[dict]:
 
 def _room(job: Job) -> int:
     """Bytes of the job's memory that a model and its caches can take, as `Memory.room` in its own process."""
-    beside = job.card["context_bytes"] + KERNELS if "context_bytes" in job.card else 0
-    return int(job.memory * 2**30) - beside
+    most = int(job.memory * 2**30)
+    if "context_bytes" not in job.card:
+        return most
+    return min(most - KERNELS - job.card["context_bytes"], job.card["free_bytes"])
