@@ -368,12 +368,14 @@ def stacked(names, parts: dict, xlabel: str, marks: dict | None = None, mark: st
     for part, values in parts.items():
         axes.barh(names, values, 0.62, left=ends, color=component_colour(part) or next(free), label=part)
         ends = ends + np.asarray(values, float)
+    most = max([*ends, *marks.values()])
     for place, (name, end) in enumerate(zip(names, ends, strict=True)):
-        axes.text(max(end, marks.get(name, 0)), place, f" {end:,{digits}}", va="center", fontsize=8)
+        near = end <= marks.get(name, -1) < end + 0.09 * most  # the number would lie on the tick
+        axes.text(marks[name] if near else end, place, f" {end:,{digits}}", va="center", fontsize=8)
         if name in marks:
             label = mark if name == next(iter(marks)) else None
             axes.vlines(marks[name], place - 0.4, place + 0.4, color="black", linewidth=2, label=label)
-    axes.set_xlim(0, 1.12 * max([*ends, *marks.values()]))
+    axes.set_xlim(0, 1.12 * most)
     axes.invert_yaxis()
     axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return axes.figure
