@@ -3,6 +3,7 @@
 Source: Jamba (arXiv 2403.19887), section 3.2.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ def figures(program: Program, job: Job, tokens: Tensor) -> dict:
     until_first = []
 
     def call() -> float:
+        gc.collect()
         start = time.perf_counter()
         if program.moments is None:
             until_first.append(seconds(program, tokens, 1))
