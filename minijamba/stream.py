@@ -3,9 +3,9 @@
     file  --threads-->  ring of buffers on the host  --copies, beside the computation-->  device  --pack-->  its place
 
 A block is a run of a tensor's numbers, whole rows where they are to be packed. The ring is no larger than the largest
-tensor, so that a CPU's memory holds the model and one tensor at most, and a GPU's the model and BESIDE bytes. It packs
-four blocks of a tensor at a time: to tell it what to do takes as long for one, and the thread that does so must keep up
-with all those that read.
+tensor, so that a CPU's memory holds the model and one tensor at most, and a GPU's the model and at most BESIDE bytes.
+It packs four blocks of a tensor at a time: to tell it what to do takes as long for one, and the thread that does so
+must keep up with all those that read.
 """
 
 import math
