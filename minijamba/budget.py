@@ -485,9 +485,10 @@ def available_memory(device: str | torch.device = "cpu") -> int:
     otherwise of the machine."""
     device = torch.device(device)
     if device.type == "cuda":
-        (free, total), reserved = torch.cuda.mem_get_info(device), torch.cuda.memory_reserved(device)
-        limit = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device) * total
-        return min(free, int(limit) - reserved) + reserved - torch.cuda.memory_allocated(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        (free, total), reserved = torch.cuda.mem_get_info(index), torch.cuda.memory_reserved(index)
+        limit = torch.cuda.get_per_process_memory_fraction(index) * total
+        return min(free, int(limit) - reserved) + reserved - torch.cuda.memory_allocated(index)
     import psutil
 
     return psutil.virtual_memory().available

@@ -93,7 +93,8 @@ def pack_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    scales = weight.abs().amax(-1) / 127
+    largest = weight.abs().amax(-1)
+    scales = largest / torch.full_like(largest, 127)  # by a number, a GPU multiplies with its rounded reciprocal
     scales = torch.where(scales == 0, 1.0, scales)
     return (weight / scales[..., None]).round_().clamp_(-127, 127).to(torch.int8), scales
 

@@ -585,15 +585,16 @@ def test_gpu_memory_is_asked_of_the_gpu(monkeypatch):
     """What is free there or reserved by this process and not in use, and no more than the process may take."""
 
     def check(answer):
-        def gpu(**facts):
-            asked = {name: lambda device, fact=fact: fact for name, fact in facts.items()}
-            monkeypatch.setattr(torch, "cuda", SimpleNamespace(**asked))
-            return available_memory("cuda:7")
+        def gpu(device, **facts):
+            facts |= {"memory_reserved": 30, "memory_allocated": 20}
+            # Not all of torch's take "cuda" without a number; the fraction's does not.
+            asked = {name: lambda index, fact=fact: {7: fact}[index] for name, fact in facts.items()}
+            monkeypatch.setattr(torch, "cuda", SimpleNamespace(**asked, current_device=lambda: 7))
+            return available_memory(device)
 
-        used = {"memory_reserved": 30, "memory_allocated": 20}
-        assert gpu(mem_get_info=(40, 100), get_per_process_memory_fraction=1.0, **used) == answer
-        assert gpu(mem_get_info=(40, 100), **used) == answer  # an older torch
-        assert gpu(mem_get_info=(70, 100), get_per_process_memory_fraction=0.5, **used) == 50 - 20
+        for device in ("cuda", "cuda:7", torch.device("cuda")):
+            assert gpu(device, mem_get_info=(40, 100), get_per_process_memory_fraction=1.0) == answer
+            assert gpu(device, mem_get_info=(70, 100), get_per_process_memory_fraction=0.5) == 50 - 20
 
     check(40 + 30 - 20)
     assert_rejects(check, 40, 50 - 30)

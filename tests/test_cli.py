@@ -1,5 +1,6 @@
 """Every verb does its work from the command line, and says in one line what it cannot do."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -140,8 +141,11 @@ def test_convert_makes_a_random_checkpoint(run, tmp_path):
     checkpoint.write_random(mj.preset("tiny"), tmp_path / "b", seed=3, dtype="bfloat16")
     checkpoint.write_random(mj.preset("tiny"), tmp_path / "c", seed=0, dtype="bfloat16")
 
+    def digest(folder):  # what pytest shows of two files that differ takes minutes
+        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
     def check(folder):
-        assert (tmp_path / "a" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+        assert digest(tmp_path / "a") == digest(folder)
 
     check(tmp_path / "b")
     assert_rejects(check, tmp_path / "c")
@@ -339,7 +343,7 @@ def test_doctor_names_versions_rungs_and_remedies(run, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(doctor, "_version", lambda package: None if package in missing else version(package))
             _, shown, _ = run("doctor")
-        assert torch.__version__ in shown
+        assert version("torch") in shown
         (line,) = (line for line in shown.splitlines() if line.split()[:1] == ["nbval"])
         assert "pip install -e '.[test]'" in line
         assert all(component in shown for component in doctor.COMPONENTS)
