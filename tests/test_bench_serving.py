@@ -398,9 +398,12 @@ def test_the_summary_takes_each_figure_from_its_own_row(monkeypatch):
         row | {"kv": "int8", "tokens_per_second": 200.4},
         row | {"tokens_per_second": 180.0, "peak_bytes": 3 * 2**29},
         row | {"side": TRANSFORMERS, "quantize": None, "failed": apart.NO_ROOM},
+        row | {"context": 1024, "batch": 16, "tokens_per_second": 200.0, "loop": {"seconds": 0.25}},
     ]
     expected = [
         "| jamba-v0.1, random weights, Abacus | minijamba, int8 | transformers, bfloat16 |",
+        "| written a second, batch 16, after 1,024 tokens | 200 |  |",
+        "| in a plain loop, batch 16 | 64.0 |  |",
         "| written a second after 262,144 tokens | 180 | out of memory |",
         "| the same with keys and values in int8 | 200 |  |",
         "| GiB in use, batch 1, 262,144 tokens | 1.5 | out of memory |",
@@ -414,6 +417,7 @@ def test_the_summary_takes_each_figure_from_its_own_row(monkeypatch):
 
     check(rows)
     assert_rejects(check, rows[:2], [row | {"kv": "int8"} for row in rows], [row | {"side": OURS} for row in rows])
+    assert_rejects(check, [*rows[:-1], rows[-1] | {"loop": {"seconds": 0.5}}])
 
 
 def test_longest_contexts_are_computed_in_the_same_memory(through):

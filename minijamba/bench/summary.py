@@ -27,6 +27,10 @@ def speed(row: dict) -> str:
     return number("tokens_per_second", digits=0 if row["tokens_per_second"] >= 100 else 1)(row)
 
 
+def plain_speed(row: dict) -> str:
+    return speed({"tokens_per_second": row["batch"] / row["loop"]["seconds"]}) if "loop" in row else ""
+
+
 LARGEST, ROOF = number("peak_bytes", 2**30, 1), number("roofline", 0.01)
 AGREEMENT = "agreement with transformers float32"
 # Record, what its rows must say, what the line is called, how a row is written.
@@ -34,6 +38,10 @@ LINES = [
     *(
         ("decode", {"batch": batch, "context": 1024}, f"written a second, batch {batch}, after 1,024 tokens", speed)
         for batch in (1, 4, 16, 64)
+    ),
+    *(
+        ("decode", {"batch": batch, "context": 1024}, f"in a plain loop, batch {batch}", plain_speed)
+        for batch in (1, 16)
     ),
     ("decode", {"batch": 1, "context": 1024}, "batch 1: % of the speed at which memory can be read", ROOF),
     ("decode", {"batch": 16, "context": 1024}, "batch 16: % of that speed", ROOF),
@@ -49,6 +57,7 @@ LINES = [
     ("load", {"measure": "load"}, "loading the files ({file_system}), seconds", number("load_seconds", digits=1)),
     ("load", {"measure": "load"}, "times the reading of the files alone", number("times_reading", digits=2)),
     ("load", {"measure": "load, cached files"}, "loading cached files, seconds", number("load_seconds", digits=1)),
+    ("load", {"measure": "load, packed files"}, "loading packed files, seconds", number("load_seconds", digits=1)),
     ("agreement", {"measure": AGREEMENT}, "error of the logits, %", number("error", 0.01, 1)),
     ("agreement", {"measure": AGREEMENT}, "the same next token, %", number("same_choice", 0.01, 1)),
 ]
