@@ -355,7 +355,7 @@ def test_in_training_the_plan_chooses_and_afterwards_the_sigmoid():
         def check(route, k=k, by_plan=by_plan, by_score=by_score):
             for training, expected in ((True, by_plan), (False, by_score)):
                 weights, indices = route(logits, k, "sinkhorn", training=training)
-                assert indices.tolist() == expected.tolist()
+                assert torch.equal(indices, expected)
                 assert_matches(weights, scores.gather(1, expected), FLOAT64, "weights")
 
         check(route)
