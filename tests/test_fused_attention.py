@@ -144,13 +144,13 @@ def test_a_whole_model_with_a_fixed_cache(hybrid, kv, window):
         with use_rung(rung):
             return torch.cat([model(token[:, None], cache=cache) for token in tokens[:, 9:].unbind(1)], 1)
 
-    expected = run("parallel")
+    by_kernels = run("fused")
 
-    def check(tokens):
-        assert_matches(run("fused", tokens), expected, 2e-5 if kv is None else 2e-3, "logits")
+    def check(expected):
+        assert_matches(by_kernels, expected, 2e-5 if kv is None else 2e-3, "logits")
 
-    check(tokens)
-    assert_rejects(check, tokens.roll(1, 1))
+    check(run("parallel"))
+    assert_rejects(check, run("parallel", tokens.roll(1, 1)))
 
 
 def test_with_gradients_a_fixed_cache_runs_without_the_kernel(hybrid):
