@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .cache import KeyValues, Layout
 from .config import JambaConfig
-from .rungs import choose, why_no_kernels
+from .rungs import choose, cudnn_takes, why_no_kernels
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, *, rung: str = "auto") -> Tensor:
@@ -100,8 +100,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
 
 def _has_pieces(q: Tensor) -> bool:
     """Whether cuDNN computes a piece: in half precision, for usual widths of a head, on Ampere GPUs and newer."""
-    half = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return half and torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device)[0] >= 8
+    usual = cudnn_takes(q.shape[-1], q.dtype.itemsize)
+    return usual and torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
 def _pieces(keys: int) -> list[tuple[int, int]]:

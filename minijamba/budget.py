@@ -16,6 +16,7 @@ import torch
 from .config import JambaConfig, preset
 from .families import rename
 from .quantize import packed_bits, packed_bytes, packed_shapes, scheme
+from .rungs import cudnn_takes
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARTS = ("embedding", "mamba", "attention", "mlp", "moe", "norms", "head")
@@ -314,8 +315,7 @@ class Budget:
         k, e = config.num_experts_per_tok, config.num_experts
         turned = 0 if config.rope_theta is None else 4 * width * max(4, size)
         windowed = config.sliding_window is not None and config.sliding_window < self.context
-        pieces = self.kernels and size == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
-        masked = self.ragged or windowed or not pieces
+        masked = self.ragged or windowed or not (self.kernels and cudnn_takes(config.head_dim, size))
         mask = self.context * (1 + size) if masked else 2 * width * 4
         heads = config.num_key_value_heads * config.head_dim
         unpacked = 0 if self.kv is None else 2 * self.batch * self.context * heads

@@ -116,11 +116,6 @@ class PackedKeyValues(KeyValues):
         self.key_scales, self.value_scales = key_scales, value_scales
 
     def extend(self, keys: Tensor, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        if keys.requires_grad or values.requires_grad:
-            raise ValueError(
-                "keys and values in int8 have no gradient: leave kv out, or call under torch.no_grad(), with a new "
-                "cache, for this one is half updated"
-            )
         (packed_keys, key_scales), (packed_values, value_scales) = _pack(keys), _pack(values)
         slots = self.keys.shape[1] if layout.ends is not None else layout.past + keys.shape[1]
         self.key_scales = _write(_room(self.key_scales, slots, key_scales), key_scales, layout)

@@ -195,6 +195,8 @@ def check_cache(model: Jamba, cache: Cache, batch: int) -> None:
         raise ValueError("the cache was made for another configuration: make one with model.new_cache(batch)")
     if cache.dtype != model.dtype:
         raise ValueError(f"the cache is {cache.dtype}, the model {model.dtype}: make one with model.new_cache(batch)")
+    if cache.kv is not None and torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError("keys and values in int8 have no gradient: leave kv out, or call under torch.no_grad()")
 
 
 def check_tokens(config: JambaConfig, tokens: Tensor) -> None:

@@ -94,7 +94,7 @@ def pack_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _pack8(weight: Tensor) -> tuple[Tensor, Tensor]:
     largest = weight.abs().amax(-1)
-    scales = largest / torch.full_like(largest, 127)  # by a number, a GPU multiplies with its rounded reciprocal
+    scales = largest / torch.full_like(largest, 127)  # on a GPU / 127 is * (1 / 127), rounded twice
     scales = torch.where(scales == 0, 1.0, scales)
     return (weight / scales[..., None]).round_().clamp_(-127, 127).to(torch.int8), scales
 

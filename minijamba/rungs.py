@@ -49,6 +49,11 @@ def kernels_in_force(device: torch.device) -> bool:
     return why_no_kernels(device) is None and _default in ("auto", "fused")
 
 
+def cudnn_takes(head_dim: int, itemsize: int) -> bool:
+    """Whether cuDNN has attention for heads of so many numbers, each of so many bytes."""
+    return itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+
+
 def find_device(device: str | torch.device) -> torch.device:
     """The device of that name; "auto" is the GPU where CUDA finds one, otherwise the CPU. Raises: ValueError."""
     if device == "auto":
