@@ -36,6 +36,13 @@ def build_parser():
     verb = _verb(verbs, lab, "open JupyterLab in the folder of notebooks")
     verb.add_argument("--no-browser", action="store_true", help="print the address only")
 
+    verb = _verb(verbs, site, "build the course as web pages that need no network: notebooks, solutions, API reference")
+    verb.add_argument("folder", nargs="?", default="build/site", metavar="DIR", help="to build in (build/site)")
+
+    verb = _verb(verbs, assignment, "write the course as a programming assignment: stubs, a judge and a checkpoint")
+    verb.add_argument("folder", metavar="DIR", help="folder to write, absent or empty")
+    verb.add_argument("--solutions", action="store_true", help="with the solutions in the place of the stubs")
+
     verb = _verb(verbs, generate, "continue a prompt with a checkpoint")
     verb.add_argument("--model", default=SHIPPED, help="folder or Hub id of a checkpoint (the shipped one)")
     prompt = verb.add_mutually_exclusive_group(required=True)
@@ -100,6 +107,11 @@ def build_parser():
     verb.add_argument("--commit", metavar="HASH", help="to record where the files lie without their repository")
     verb.add_argument("--output", type=Path, metavar="FILE", help="data/measurements/STUDY_DEVICE.json")
 
+    verb = _verb(verbs, conform, "hold implementations of Jamba against its laws: splits, padding, packing, reuse ...")
+    about = "minijamba, transformers, mambapy, path/to/adapter.py or a dotted.module (help(minijamba.conformance))"
+    verb.add_argument("modules", nargs="+", metavar="MODULE", help=about)
+    verb.add_argument("--record", type=Path, metavar="FILE", help="write what was found, as JSON")
+
     verb = _verb(verbs, bench, "measure a component and record the figures (minijamba bench --help)")
     verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="component", help="the component and its options")
 
@@ -140,6 +152,33 @@ def lab(options):
         raise ValueError("JupyterLab is not installed: pip install jupyterlab")
     browser = ["--no-browser"] if options.no_browser else []
     return subprocess.call([sys.executable, "-m", "jupyterlab", *browser, str(notebooks)])
+
+
+def site(options):
+    import subprocess
+    from importlib.util import find_spec
+
+    repository, folder = Path(__file__).resolve().parents[1], Path(options.folder)
+    if not (repository / "docs" / "conf.py").is_file():
+        raise ValueError(
+            f"there is no {repository / 'docs' / 'conf.py'}: the site's sources are in the repository, not in the "
+            f"installed package; clone it and run pip install -e '.[site]' inside"
+        )
+    if find_spec("sphinx") is None:
+        raise ValueError("Sphinx is not installed: pip install -e '.[site]'")
+    strictly = ["-E", "-W", "--keep-going", "-n", "-q", "-j", "2"]  # from scratch; a reference that leads nowhere fails
+    places = ["-c", repository / "docs", "-d", folder / "doctrees", repository, folder / "html"]
+    status = subprocess.call([sys.executable, "-m", "sphinx", *strictly, *places])
+    if status == 0:
+        print(f"built: open {folder / 'html' / 'index.html'} in a browser")
+    return status
+
+
+def assignment(options):
+    from .assignment import write_assignment
+
+    write_assignment(options.folder, options.solutions)
+    print(f"{options.folder}: written; pytest in it says what is attempted and what is right")
 
 
 def generate(options):
@@ -330,6 +369,21 @@ def convert(options):
     else:
         convert(options.source, options.destination, options.dtype, quantize=options.quantize)
     print(f"{options.destination}: written")
+
+
+def conform(options):
+    import torch
+
+    from .bench.records import record
+    from .conformance import FAILS, conform, table
+
+    found = conform(options.modules, progress=sys.stderr.isatty(), debug=options.debug)
+    print(table(found))
+    if options.record:
+        facts = {name: value for name, value in found.items() if name != "rows"}
+        file = record(options.record.stem, found["rows"], device=torch.device("cpu"), output=options.record, **facts)
+        print(f"recorded in {file}")
+    return int(any(row["verdict"] == FAILS for row in found["rows"]))
 
 
 def bench(options):

@@ -1,4 +1,8 @@
-"""Checks shared by the tests and the notebooks: equality within a tolerance, rejection of wrong variants, exercises."""
+"""Checks shared by the tests and the notebooks: equality within a tolerance, rejection of wrong variants, exercises.
+
+An exercise is a function that the learner writes and a check that judges it. The check fails in terms of the idea: it
+asserts properties, each with the sentence that a learner needs, and it knows the values of the common mistakes.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -6,7 +10,7 @@ import numpy as np
 import torch
 
 
-def assert_matches(actual, expected, tolerance: float, name: str = "values") -> str:
+def assert_matches(actual, expected, tolerance: float, name: str = "values", mistakes: Mapping | None = None) -> str:
     """Assert that two values, or two equal structures of values, agree to a relative error.
 
         error = max |actual - expected| / max |expected|      (only max |actual - expected| where expected is all zero)
@@ -18,15 +22,25 @@ def assert_matches(actual, expected, tolerance: float, name: str = "values") -> 
             (float32 against float64), kinds may not (bool, integer, float, complex). Plain Python numbers have no kind.
         tolerance: largest error allowed, no unit. 0 asks for identical values.
         name: what the verdict and the failure call the values; entries of a structure add their key: `scan['state']`.
+        mistakes: idea -> the values that a common mistake gives. Where the values are these, the failure is the idea.
     Returns: the verdict, built from the tolerance and so the same on every machine: "scan: equal, error below 1e-12".
-    Raises:  AssertionError naming the entry, its error, and the first and the worst place that are off.
+    Raises:  AssertionError naming the entry, its error, and the first and the worst place that are off; or the mistake.
 
     >>> assert_matches([1.0, 2.0], np.array([1.0, 2.0]), 1e-12, "pair")
     'pair: equal, error below 1e-12'
+    >>> assert_matches(9.0, 3.0, 1e-12, "mean", {"divide by the number of values": 9.0})
+    Traceback (most recent call last):
+    AssertionError: mean: divide by the number of values
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance {tolerance} must lie in [0, 1): from 1 on, an answer of all zeros would pass")
-    _assert_entries_match(actual, expected, tolerance, name)
+    try:
+        _assert_entries_match(actual, expected, tolerance, name)
+    except AssertionError:
+        for idea, mistaken in (mistakes or {}).items():
+            if _agree(actual, mistaken, tolerance):
+                raise AssertionError(f"{name}: {idea}") from None
+        raise
     return f"{name}: identical" if tolerance == 0 else f"{name}: equal, error below {tolerance:g}"
 
 
@@ -52,14 +66,47 @@ def assert_rejects(check: Callable, *wrong) -> str:
     return f"rejected: {', '.join(names)}"
 
 
-def attempt(name: str, fn: Callable, check: Callable) -> None:
-    """Judge an exercise: print "correct", or "not attempted yet" on NotImplementedError; a wrong answer raises."""
+def assert_explains(check: Callable, wrong: Mapping[Callable, str]) -> str:
+    """Assert that `check` refuses each wrong answer, and in the words that are given for it.
+
+    wrong: answer -> words that the failure must contain.
+    Returns: a line for each answer, "its_name: the words".
+    Raises:  AssertionError naming the answer that passed, or that was refused in other words.
+    """
+    for answer, words in wrong.items():
+        assert_rejects(check, answer)
+        said = verdict(answer, check)
+        assert words in said, f"{answer.__name__} is told {said!r}, which does not contain {words!r}"
+    return "\n".join(f"{answer.__name__}: {words}" for answer, words in wrong.items())
+
+
+def verdict(answer: Callable, check: Callable) -> str:
+    """What an exercise is told: "correct", "not attempted yet", or what is wrong. Errors of the answer go through."""
     try:
-        check(fn)
+        check(answer)
     except NotImplementedError:
-        print(f"{name}: not attempted yet")
-    else:
-        print(f"{name}: correct")
+        return "not attempted yet"
+    except AssertionError as error:
+        return str(error) or "wrong"
+    return "correct"
+
+
+class WrongAnswer(AssertionError):
+    """An exercise was answered wrongly. A notebook shows the message alone, not its way through the check."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+def attempt(name: str, answer: Callable, check: Callable) -> None:
+    """Judge an exercise: print "correct", or "not attempted yet" on NotImplementedError.
+
+    Raises: WrongAnswer, which says what is wrong. Errors of the answer itself go through, with their traceback.
+    """
+    said = verdict(answer, check)
+    if said not in ("correct", "not attempted yet"):
+        raise WrongAnswer(f"{name}: {said}")
+    print(f"{name}: {said}")
 
 
 def _assert_entries_match(actual, expected, tolerance, name):
@@ -70,6 +117,14 @@ def _assert_entries_match(actual, expected, tolerance, name):
     assert expected, f"{name}: nothing to compare"
     for key, value in expected.items():
         _assert_entries_match(actual[key], value, tolerance, f"{name}[{key!r}]")
+
+
+def _agree(actual, expected, tolerance) -> bool:
+    try:
+        _assert_entries_match(actual, expected, tolerance, "")
+    except AssertionError:
+        return False
+    return True
 
 
 def _is_structure(value) -> bool:

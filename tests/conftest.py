@@ -11,8 +11,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import settings
-from torch import Tensor, nn
+from torch import nn
 
+from minijamba import conformance
 from minijamba.config import JambaConfig
 
 # The tensors are tiny: a second thread would only wait for the first, and tests run side by side.
@@ -58,32 +59,5 @@ def poisoned_memory(monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def long_memory() -> Callable[..., nn.Module]:
-    """`long_memory(module, seed=0, delta_bias=-4.6)`: random weights that hide no bug; returns the module.
-
-    Steps of softplus(-4.6) = 0.01 make the memory a hundred tokens long, so that a lost state shows in every later
-    output; norms, biases and D are all different from their start; outputs have a size of about one.
-    """
-    return _long_memory
-
-
-@torch.no_grad()
-def _long_memory(module: nn.Module, seed: int = 0, delta_bias: float = -4.6) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.copy_(_value(name, parameter, noise, delta_bias))
-    return module
-
-
-def _value(name: str, parameter: Tensor, noise: Tensor, delta_bias: float) -> Tensor:
-    if name.endswith("A_log"):
-        return parameter + 0.1 * noise
-    if "norm" in name or name.split(".")[-1] == "D":
-        return 1 + 0.2 * noise
-    if name.endswith("dt_proj.bias"):
-        return delta_bias + 0.3 * noise
-    if name.endswith("bias"):
-        return 0.3 * noise
-    if "embed" in name:
-        return noise
-    return noise * parameter.shape[-1] ** -0.5
+    """`long_memory(module, seed=0, delta_bias=-4.6)`: random weights that hide no bug; returns the module."""
+    return conformance.long_memory

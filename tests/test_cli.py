@@ -17,7 +17,10 @@ from minijamba.tasks import accuracy, solved, task_batch
 from minijamba.testing import assert_rejects
 from minijamba.tokenizer import BOS, BPETokenizer, load_tokenizer
 
-VERBS = ("tour", "lab", "generate", "train", "eval", "budget", "convert", "study", "bench", "doctor")
+VERBS = (
+    "tour", "lab", "site", "assignment", "generate", "train", "eval", "budget", "convert", "study", "conform", "bench",
+    "doctor",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import re
 import subprocess
 from pathlib import Path
 
+from minijamba import plots, preset
 from minijamba.bench.summary import jamba_table
+from minijamba.conformance import table
 from minijamba.testing import assert_rejects
 
 ROOT = Path(__file__).parents[1]
@@ -31,10 +33,10 @@ def test_the_example_prints_what_the_readme_shows():
     assert_rejects(check, code + "print()\n", "")
 
 
-def test_ci_runs_the_second_line():
+def test_ci_runs_the_lines_that_test():
     shown = subprocess.run([ROOT / ".ci" / "run", "--show"], capture_output=True, text=True, check=True)
-    tour, tests = blocks("bash")
-    assert shown.stdout == tests and "minijamba tour" in tour
+    tour, tests, browser = blocks("bash")
+    assert shown.stdout == browser + tests and "minijamba tour" in tour and "chromium" in browser
     assert "pytest" in tests and "--nbval " in tests and "skip" not in tests
 
 
@@ -152,6 +154,21 @@ def test_the_table_of_the_large_model_is_the_recorded_one():
 
     check(README)
     assert_rejects(check, re.sub(r"(written a second, batch 1, .*? \| )(\d)", r"\g<1>9\2", README))
+
+
+def test_the_report_on_three_implementations_is_the_recorded_one():
+    def check(text):
+        shown = re.search(r"<!-- conformance -->\n(.*?)\n<!-- end conformance -->", text, flags=re.DOTALL)[1]
+        assert shown == table(json.loads((MEASUREMENTS / "conformance_cpu.json").read_text(encoding="utf-8")))
+
+    check(README)
+    assert_rejects(check, README.replace("**fails**", "holds", 1))
+
+
+def test_the_figure_is_in_words_too():
+    (alt, file) = re.search(r"^!\[(.*)\]\((.*)\)$", README, flags=re.MULTILINE).groups()
+    assert (ROOT / file).is_file()
+    assert alt == plots.schedule_strip(preset("jamba-v0.1")).alt != plots.schedule_strip(preset("tiny")).alt
 
 
 def test_a_claim_compares_ours_with_the_peer():

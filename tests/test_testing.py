@@ -1,11 +1,12 @@
 import doctest
+import statistics
 
 import numpy as np
 import pytest
 import torch
 
 from minijamba import testing
-from minijamba.testing import assert_matches, assert_rejects, attempt
+from minijamba.testing import WrongAnswer, assert_explains, assert_matches, assert_rejects, attempt
 
 NAN, INF = float("nan"), float("inf")
 
@@ -138,15 +139,52 @@ def test_a_variant_that_crashes_was_not_judged():
         assert_rejects(check_square, lambda x: x / 0)
 
 
-def test_attempt(capsys):
-    def open_exercise(x):
-        raise NotImplementedError  # what an exercise without an answer does; attempt() must say so, not fail
+def open_exercise(x):
+    raise NotImplementedError  # what an exercise without an answer does; attempt() must say so, not fail
 
+
+def test_attempt(capsys):
     attempt("Square", open_exercise, check_square)
     attempt("Square", lambda x: x * x, check_square)
     assert capsys.readouterr().out == "Square: not attempted yet\nSquare: correct\n"
-    assert_rejects(lambda fn: attempt("Square", fn, check_square), doubles)
+    assert_rejects(lambda answer: attempt("Square", answer, check_square), doubles)
     assert capsys.readouterr().out == ""
+
+
+def test_a_wrong_answer_is_shown_without_a_traceback():
+    with pytest.raises(WrongAnswer) as failure:
+        attempt("Square", doubles, check_square)
+    (shown,) = failure.value._render_traceback_()
+    assert shown.startswith("Square: square: error") and failure.value.__cause__ is None
+    with pytest.raises(ZeroDivisionError):
+        attempt("Square", lambda x: x / 0, check_square)
+
+
+def test_a_common_mistake_is_called_by_its_idea():
+    def check(mean):
+        found = mean([1.0, 2.0, 6.0])
+        assert_matches(found, 3.0, 1e-12, "mean", {"divide by the number of values": 9.0, "this is the median": 2.0})
+
+    def total(values):
+        return sum(values)
+
+    def middle(values):
+        return values[1]
+
+    def first(values):
+        return values[0]
+
+    check(lambda values: sum(values) / len(values))
+    assert assert_explains(check, {total: "divide by the number", middle: "mean: this is the median"}) == (
+        "total: divide by the number\nmiddle: mean: this is the median"
+    )
+    with pytest.raises(AssertionError, match="worst at"):
+        check(first)
+    with pytest.raises(AssertionError, match="middle is told 'mean: this is the median'"):
+        assert_explains(check, {middle: "divide by"})
+    for passes in (statistics.mean, open_exercise):
+        with pytest.raises((AssertionError, NotImplementedError)):
+            assert_explains(check, {passes: ""})
 
 
 def test_docstring_example():

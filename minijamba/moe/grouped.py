@@ -9,6 +9,7 @@ def mixture(
     x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor,
     act: str = "silu", biases: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
+    """As the definition in `minijamba.moe.naive`, with one product for all the tokens of an expert."""
     tokens, k = indices.shape
     order = indices.flatten().argsort(stable=True)
     counts = indices.flatten().bincount(minlength=gate.shape[0]).tolist()

@@ -9,6 +9,7 @@ def mixture(
     x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor,
     act: str = "silu", biases: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
+    """y (t, d): for each token the sum over its k experts i of weight_i down_i(act(gate_i x) * (up_i x))."""
     activate = getattr(F, act)
     gate_bias, up_bias, down_bias = biases or [x.new_zeros(stack.shape[:2]) for stack in (gate, up, down)]
     rows = []

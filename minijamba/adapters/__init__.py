@@ -1,0 +1,1 @@
+"""Implementations of Jamba as `conformance` sees them: one file each, which alone imports the package it is about."""
