@@ -644,7 +644,9 @@ def classes_with_a_head(source: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
-    return {str(file.relative_to(PACKAGE)): file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")}
+    """File -> text, without the student's package of the assignment, which is another program."""
+    files = {str(file.relative_to(PACKAGE)): file for file in PACKAGE.rglob("*.py") if "template" not in file.parts}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
 
 
 def plant(sources: dict[str, str], text: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ or use `display(figure)` in mid-cell: `plt.show()` shows pyplot's own figures on
 What no function here draws, a notebook draws into the axes of `subplots`.
 
 In words: `figure.alt` says what a sighted reader sees, with the numbers that matter, computed from what is drawn.
-A notebook stores it beside the picture, as the image's alternative text and as plain text, which nbval compares.
+A notebook stores it with the picture, as the image's alternative text.
 
 In colour: a component has one colour everywhere, and so has a model or a program that recurs. They differ to every kind
 of colour blindness, and curves that may cross differ in line or mark, too. Black is what others are judged by.
@@ -36,6 +36,8 @@ MODELS = {
     "jamba": "#84243C",
     "mixtral": "#8454FC",
     "llama": "#78C0FC",
+}
+PROGRAMS = {
     "vllm": "#C060D8",
     "transformers": "#300C6C",
     "mamba-ssm": "#000000",
@@ -69,7 +71,7 @@ class Figure(matplotlib.figure.Figure):
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         png, alt = io.BytesIO(), self.alt
         self.savefig(png, format="png", pil_kwargs={"optimize": True})
-        return {"image/png": png.getvalue(), "text/plain": alt}, {"image/png": {"alt": alt}}
+        return {"image/png": png.getvalue(), "text/plain": repr(self)}, {"image/png": {"alt": alt}}
 
 
 def component_colour(name: str) -> str | None:
@@ -85,26 +87,27 @@ def named_colour(name: str) -> str | None:
     "hybrid" have the colour of Jamba.
     """
     words = re.findall("mamba-ssm|[a-z]+", name.lower())
-    for program in ("vllm", "transformers", "mamba-ssm"):
-        if program in words:
-            return MODELS[program]
-    models = [word for word in words if word in ("mixtral", "llama")]
-    ours = {"jamba", "minijamba", "ours", "hybrid"}.intersection(words)
-    return component_colour(name) or (MODELS[models[0]] if models else MODELS["jamba"] if ours else None)
+    program = next((word for word in words if word in PROGRAMS), None)
+    if program is not None:
+        return PROGRAMS[program]
+    own = {"minijamba", "ours", "hybrid"}.intersection(words)
+    model = next((word for word in words if word in MODELS), "jamba" if own else None)
+    return component_colour(name) or MODELS.get(model)
 
 
 def colours_of(names) -> list[str]:
     """One colour a curve: its `named_colour` if no earlier curve has taken it, otherwise the next that is free."""
     named = [named_colour(name) for name in names]
     free = itertools.cycle(
-        [colour for colour in dict.fromkeys((*FREE, *MODELS.values())) if colour not in named] or FREE
+        [colour for colour in dict.fromkeys((*FREE, *MODELS.values(), *PROGRAMS.values())) if colour not in named]
+        or FREE
     )
     return [next(free) if colour is None or colour in named[:place] else colour for place, colour in enumerate(named)]
 
 
 def shades(name: str):
     """The colour map from white to the colour of a component or model."""
-    colour = (COLOURS | MODELS)[name]
+    colour = (COLOURS | MODELS | PROGRAMS)[name]
     return matplotlib.colors.LinearSegmentedColormap.from_list(name, ["white", colour])
 
 
