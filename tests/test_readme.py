@@ -5,6 +5,7 @@ import io
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 from minijamba import plots, preset
@@ -14,6 +15,7 @@ from minijamba.testing import assert_rejects
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 MEASUREMENTS = ROOT / "data" / "measurements"
 
 
@@ -35,9 +37,11 @@ def test_the_example_prints_what_the_readme_shows():
 
 def test_ci_runs_the_lines_that_test():
     shown = subprocess.run([ROOT / ".ci" / "run", "--show"], capture_output=True, text=True, check=True)
-    tour, tests, browser = blocks("bash")
-    assert shown.stdout == browser + tests and "minijamba tour" in tour and "chromium" in browser
+    tour, tests, browser, oldest = blocks("bash")
+    assert shown.stdout == browser + tests + oldest and "minijamba tour" in tour and "chromium" in browser
     assert "pytest" in tests and "--nbval " in tests and "skip" not in tests
+    needed = next(need for need in tomllib.loads(PYPROJECT)["project"]["dependencies"] if need.startswith("torch"))
+    assert re.search(r"torch>=([\d.]+)", needed)[1] == re.search(r"torch==([\d.]+)\.\*", oldest)[1]
 
 
 def figures(measurement):
