@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,23 +27,7 @@ settings.load_profile("repeatable")
 @pytest.fixture(scope="session")
 def hybrid() -> JambaConfig:
     """Four tiny layers, "mE A+ m+ AE": every kind of layer, and each mixer above and below the other."""
-    return JambaConfig(
-        vocab_size=41,
-        hidden_size=16,
-        intermediate_size=12,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        expert_layer_period=3,
-        expert_layer_offset=0,
-        num_experts=4,
-        mamba_d_state=4,
-        mamba_dt_rank=3,
-        max_position_embeddings=256,
-        dtype="float32",
-    )
+    return replace(conformance.CONFIG, intermediate_size=12, num_experts_per_tok=2)
 
 
 @pytest.fixture

@@ -114,6 +114,20 @@ def test_the_head_says_what_one_needs_to_know(path):
         assert_rejects(check, changed(notebook, lambda spoiled, source=source: spoiled.cells[0].update(source=source)))
 
 
+def test_the_syllabus_says_what_the_heads_say():
+    def check(syllabus):
+        for path in NOTEBOOKS:
+            head, number = read(path).cells[0].source, path.stem[:2]
+            question = head.split("\n")[0].removeprefix(f"# {number} · ")
+            minutes = re.search(r"\*\*Time\*\* (\d+) .*? (\d+) more", head)
+            (row,) = [line for line in syllabus.splitlines() if line.startswith(f"| [{number}]({path.name}) |")]
+            assert f"| {question} |" in row and f"| {minutes[1]} + {minutes[2]} |" in row, row
+
+    syllabus = (FOLDER / "README.md").read_text(encoding="utf-8")
+    check(syllabus)
+    assert_rejects(check, syllabus.replace("40 + 25", "40 + 20"), syllabus.replace("in a Jamba?", "in a jamba?"))
+
+
 def exercises(notebook) -> list[dict[str, str]]:
     """Heading, check, turn and solution of each exercise: four cells in a row."""
     found = []
