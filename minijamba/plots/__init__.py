@@ -9,6 +9,7 @@ A notebook stores it with the picture, as the image's alternative text.
 
 In colour: a component has one colour everywhere, and so has a model or a program that recurs. They differ to every kind
 of colour blindness, and curves that may cross differ in line or mark, too. Black is what others are judged by.
+Curves that stand for none of these take the FREE ones, never a component's: models lend them where no model is meant.
 The paper is opaque white, with a margin, so that a figure reads the same on a dark page.
 """
 
